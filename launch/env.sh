@@ -1,0 +1,32 @@
+# Sourced by quickstart.sh and test.sh: makes or reuses .venv from the pinned files of this directory.
+# The environment is rebuilt only where those files changed. PYTHON chooses the interpreter.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then kind=gpu; else kind=cpu; fi
+lock="launch/requirements-$kind.txt"
+no_deps="launch/requirements-$kind-no-deps.txt"
+stamp=".venv/megaopd-$(cat "$lock" "$no_deps" | sha256sum | cut -c1-16)"
+
+if [ ! -f "$stamp" ]; then
+  echo ">> installing the pinned $kind environment into .venv (once; about two minutes on a fast line)"
+  [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+  index=()
+  if [ "$kind" = cpu ]; then
+    # PyPI's torch for Linux brings CUDA; the CPU wheel has its own index. Where that is out of reach
+    # (a mirror, a local wheel) pip's own settings decide.
+    cpu_index="https://download.pytorch.org/whl/cpu"
+    if .venv/bin/python -c "import urllib.request as u; u.urlopen('$cpu_index/torch/', timeout=5)" \
+      >/dev/null 2>&1; then index=(--extra-index-url "$cpu_index"); fi
+  fi
+  .venv/bin/pip install --quiet --disable-pip-version-check "${index[@]}" -r "$lock"
+  # megatron-core declares torch and CUDA packages that must not be moved.
+  .venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r "$no_deps"
+  .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+  touch "$stamp"
+else
+  echo ">> using .venv as it is"
+fi
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+PATH="$PWD/.venv/bin:$PATH"

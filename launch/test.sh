@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Lint, types and tests: bash launch/test.sh [--full] [pytest arguments]. --full adds the slow ones.
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+select=(-m "not slow")
+if [ "${1:-}" = --full ]; then select=(); shift; fi
+if [ $# -eq 0 ]; then
+  echo ">> ruff"
+  ruff check . && ruff format --check .
+  echo ">> pyright"
+  pyright --stats=false megaopd 2>/dev/null || pyright megaopd
+fi
+echo ">> pytest"
+exec python -m pytest "${select[@]}" "$@"

@@ -1,0 +1,180 @@
+"""megaopd train | eval | convert | report | doctor | quickstart: parse, build, run; no logic."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megaopd import __version__
+from megaopd.errors import EXIT_INTERNAL, EXIT_USER, UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0, 2 for bad input (one message) or 1 for a fault of ours (one traceback)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(argv)
+    arguments.argv = argv
+    try:
+        return arguments.command(arguments) or 0
+    except UserError as err:
+        if _speaks():
+            print(f"megaopd: {err}", file=sys.stderr, flush=True)
+        return _leave(EXIT_USER)
+    except KeyboardInterrupt:
+        return _leave(130)
+    except Exception:
+        if _speaks():
+            rank = os.environ.get("RANK", "0")
+            print(f"megaopd: internal error on rank {rank}", file=sys.stderr)
+            traceback.print_exc()
+        return _leave(EXIT_INTERNAL)
+
+
+def _speaks() -> bool:
+    from megaopd.launch import claim_error, under_torchrun
+
+    return not under_torchrun() or claim_error()
+
+
+def _leave(code: int) -> int:
+    """End a rank at once: its peers may be waiting in a collective that it will never join."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megaopd", description="On-policy distillation of language models on megatron-core."
+    )
+    parser.add_argument("--version", action="version", version=f"megaopd {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="distil or fine-tune as a config says")
+    evaluate = commands.add_parser("eval", help="evaluate a student on held-out prompts")
+    for command, function in ((train, _train), (evaluate, _eval)):
+        command.add_argument("--config", type=Path, help="a TOML file; see megaopd/recipes/")
+        command.add_argument("--ranks", type=int, help="processes on this machine")
+        command.add_argument("--port", type=int, default=0, help="rendezvous port (0: any free)")
+        command.add_argument("overrides", nargs="*", metavar="section.key=value")
+        command.set_defaults(command=function)
+
+    convert = commands.add_parser("convert", help="Hugging Face <-> Megatron checkpoints")
+    ways = convert.add_subparsers(required=True, metavar="DIRECTION")
+    for way, source in (("hf-to-megatron", "--hf"), ("megatron-to-hf", "--megatron")):
+        one = ways.add_parser(way)
+        one.add_argument(source, dest="source", type=Path, required=True, metavar="DIR")
+        one.add_argument("--out", type=Path, required=True, metavar="DIR")
+        one.add_argument("--tp", type=int, default=1, help="tensor parallel ranks to work with")
+        one.add_argument("--pp", type=int, default=1, help="pipeline parallel ranks to work with")
+        one.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the source's")
+        one.set_defaults(command=_convert, way=way)
+
+    report = commands.add_parser("report", help="write report.html of a run")
+    report.add_argument("run_dir", type=Path)
+    report.set_defaults(command=_report)
+    doctor = commands.add_parser("doctor", help="what is installed and what will be used")
+    doctor.set_defaults(command=_doctor)
+    quickstart = commands.add_parser("quickstart", help="the whole loop on a toy problem")
+    quickstart.add_argument("--dir", type=Path, default=Path("runs/quickstart"))
+    quickstart.add_argument("--seed", type=int, default=0)
+    quickstart.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the OPD")
+    quickstart.set_defaults(command=_quickstart)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from megaopd.schema import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    return _in_ranks(arguments, config, lambda: _run("train", config))
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from megaopd.schema import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    if not config.eval.prompts:
+        raise UserError("eval.prompts = 0", expected="a number of held-out prompts to evaluate")
+    return _in_ranks(arguments, config, lambda: _run("evaluate", config))
+
+
+def _run(what: str, config: Any) -> int:
+    from megaopd import run
+
+    getattr(run, what)(config)
+    return 0
+
+
+def _in_ranks(arguments: argparse.Namespace, config: Any, here: Any) -> int:
+    """Run `here` if this is a rank already, else start the ranks that the layout needs."""
+    from megaopd.launch import run_ranks, under_torchrun
+
+    if under_torchrun():
+        return here()
+    ranks = arguments.ranks or config.parallel.model_parallel
+    if ranks % config.parallel.model_parallel:
+        raise UserError(
+            f"--ranks {ranks}", expected=f"a multiple of {config.parallel.model_parallel} (tp x pp)"
+        )
+    return run_ranks(arguments.argv, ranks, port=arguments.port)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from megaopd.launch import run_ranks, under_torchrun
+    from megaopd.models.build import architecture, check_layout, read_hf_config
+    from megaopd.models.config import ModelConfig
+    from megaopd.models.sharded import read_manifest
+    from megaopd.models.weights import check_new_dir, hf_dtype
+    from megaopd.parallel import ParallelConfig, make_grid
+
+    to_megatron = arguments.way == "hf-to-megatron"
+    model = ModelConfig(path=str(arguments.source))
+    dtype = arguments.dtype or (
+        hf_dtype(model.hf_dir) if to_megatron else read_manifest(arguments.source)["dtype"]
+    )
+    layout = ParallelConfig(tensor=arguments.tp, pipeline=arguments.pp)
+    arch = architecture(read_hf_config(model.hf_dir), where=str(model.hf_dir))
+    check_layout(arch, layout, who=str(arguments.source))
+    if not under_torchrun():
+        check_new_dir(arguments.out)
+        return run_ranks(arguments.argv, layout.model_parallel)
+    from megaopd.models import convert
+
+    model = ModelConfig(path=str(arguments.source), dtype=dtype)
+    grid = make_grid(layout)
+    work = convert.hf_to_megatron if to_megatron else convert.megatron_to_hf
+    work(model, arguments.out, grid)
+    if grid.rank == 0:
+        print(f"wrote {arguments.out}")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from megaopd.report.html import write_report
+
+    print(f"wrote {write_report(arguments.run_dir)}")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from megaopd.doctor import print_report
+
+    print_report()
+    return 0
+
+
+def _quickstart(arguments: argparse.Namespace) -> int:
+    from megaopd import quickstart
+    from megaopd.launch import run_ranks, under_torchrun
+
+    if under_torchrun():
+        quickstart.run(arguments.dir, arguments.seed, arguments.overrides)
+        return 0
+    quickstart.check(arguments.dir, arguments.overrides)
+    return run_ranks(arguments.argv, quickstart.RANKS)

@@ -1,0 +1,71 @@
+"""What moves between the prompt stream, the rollout engine and the trainer. No torch here."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+# A log-prob above 0 by more than rounding is a fault of the engine, not noise.
+LOG_PROB_CEILING = 1e-4
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question, tokenised once; nothing downstream tokenises it again."""
+
+    id: str  # unique in its source
+    token_ids: tuple[int, ...]  # with the chat template applied, if there is one
+    text: str  # what the token ids decode to
+    answer: str | None  # what the verifier compares with; None: cannot be scored
+    task: str  # name of the verifier (tasks.get_task); "" where there is none
+    meta: dict[str, Any] = field(default_factory=dict, hash=False)  # for the verifier, and PI
+
+    def __post_init__(self) -> None:
+        if not self.token_ids:
+            raise ValueError(f"prompt {self.id}: no tokens, but a response needs a row to start at")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response of the student to one prompt, as token ids, never as text.
+
+    `log_probs[t]` is the log-probability of `response_ids[t]` under the law it was sampled from.
+    `loss_mask[t]` is 1 on tokens that the student sampled and 0 on injected ones; None: all 1.
+
+    Raises:
+        ValueError: lengths differ, or a log-prob is not finite or above 0: the engine is at fault.
+    """
+
+    prompt: Prompt
+    response_ids: tuple[int, ...]
+    log_probs: tuple[float, ...] | None
+    finish_reason: FinishReason
+    weight_version: int  # of the weights that sampled it
+    index: int = 0  # which sample of the prompt's group
+    reward: float | None = None  # in [0, 1]; None: not scored
+    loss_mask: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.response_ids)
+        if self.loss_mask is not None and len(self.loss_mask) != count:
+            raise ValueError(
+                f"sample of {self.prompt.id}: {len(self.loss_mask)} mask values for {count} tokens"
+            )
+        if self.log_probs is None:
+            return
+        if len(self.log_probs) != count:
+            raise ValueError(
+                f"sample of {self.prompt.id}: {len(self.log_probs)} log-probs for {count} tokens"
+            )
+        for position, value in enumerate(self.log_probs):
+            if not math.isfinite(value) or value > LOG_PROB_CEILING:
+                raise ValueError(
+                    f"sample of {self.prompt.id}: log-prob {value} at token {position}; "
+                    "expected finite and at most 0"
+                )
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Prompt and response token ids."""
+        return self.prompt.token_ids + self.response_ids

@@ -1,0 +1,91 @@
+"""Start the ranks of a job on this machine with torchrun's own agent, and report its one error.
+
+Under torchrun (several nodes) the ranks exist already and this module is not used.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from megaopd.errors import EXIT_INTERNAL, EXIT_USER, UserError
+
+def under_torchrun() -> bool:
+    """Whether this process is a rank already."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def run_ranks(arguments: Sequence[str], ranks: int, *, port: int = 0) -> int:
+    """Run `python -m megaopd ARGUMENTS` in `ranks` processes; the exit code of the job.
+
+    Args:
+        port: rendezvous port on loopback; 0 picks a free one.
+
+    Returns:
+        0, 2 where a rank refused its input (it has printed why), 1 otherwise.
+    """
+    if ranks == 1 and not port:
+        return _run_single(arguments)
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    _check_port(port)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCHELASTIC_LOG_LEVEL", "ERROR")
+    import logging
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=f"megaopd-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"127.0.0.1:{port}",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "megaopd", *arguments)
+    except ChildFailedError as err:
+        _, failure = err.get_first_failure()
+        code = failure.exitcode
+        if code < 0:
+            print(f"rank {failure.local_rank} was killed by signal {-code}", file=sys.stderr)
+        return EXIT_USER if code == EXIT_USER else EXIT_INTERNAL
+    return 0
+
+
+def _run_single(arguments: Sequence[str]) -> int:
+    """One rank needs no agent: it is this process."""
+    from megaopd.cli import main
+
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    return main(list(arguments))
+
+
+def _check_port(port: int) -> None:
+    import socket
+
+    if not port:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as err:
+            raise UserError(
+                f"port {port} on 127.0.0.1 is in use",
+                expected="a free port for the rendezvous",
+                fix="choose another --port, or leave it out",
+            ) from err
+
+
+def claim_error() -> bool:
+    """True for the first rank of the job that fails: it alone prints the error."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return os.environ.get("RANK", "0") == "0"
+    store = dist.distributed_c10d._get_default_store()
+    return store.add("megaopd/errors", 1) == 1
+

@@ -1,0 +1,71 @@
+"""Whole checkpoints between Hugging Face and Megatron, for any layout.
+
+Each function runs on every rank of a grid (megaopd/launch.py starts the ranks); no rank holds more than
+its shard and one full tensor, and rank 0 of an export one output file.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from megaopd import platform
+from megaopd.errors import UserError
+from megaopd.models.build import architecture, build_model, read_hf_config
+from megaopd.models.config import ModelConfig
+from megaopd.models.sharded import load_sharded, read_manifest, save_sharded, verify
+from megaopd.models.weights import WeightStream, check_new_dir, export_hf, load_hf_weights
+from megaopd.parallel import Grid
+from megaopd.report.progress import track_bytes
+
+
+def load_weights(
+    model: Any, config: ModelConfig, arch: Any, grid: Grid, *, progress: Any = None
+) -> None:
+    """Fill this rank's stage from config.path, Hugging Face or Megatron; a collective."""
+    if not config.is_megatron:
+        load_hf_weights(model, config.path, arch, grid, progress=progress)
+        return
+    why = verify(Path(config.path))
+    if why:
+        raise UserError(why, expected="an intact checkpoint", fix="convert or train it again")
+    state = load_sharded({"model": model.sharded_state_dict()}, Path(config.path))
+    model.load_state_dict(state["model"])
+
+
+def hf_to_megatron(config: ModelConfig, out: Path, grid: Grid) -> None:
+    """Write the Hugging Face checkpoint config.path as a Megatron one.
+
+    Raises:
+        UserError: an unsupported or incomplete checkpoint, a layout that does not divide the model,
+            or `out` in use; nothing is left behind.
+    """
+    check_new_dir(out)
+    arch = architecture(read_hf_config(config.path), where=config.path)
+    model = build_model(arch, config, grid).to(platform.device())
+    with track_bytes("loading", model.parameters(), grid.rank == 0) as progress:
+        load_hf_weights(model, config.path, arch, grid, progress=progress)
+    info = {"step": 0, "family": arch.family, "dtype": config.dtype}
+    layout = {"tensor": grid.tp_size, "pipeline": grid.pp_size, "data": grid.dp_size}
+    save_sharded(
+        {"model": model.sharded_state_dict()},
+        out,
+        info={**info, "layout": layout},
+        side_files=Path(config.path),
+    )
+
+
+def megatron_to_hf(config: ModelConfig, out: Path, grid: Grid) -> None:
+    """Write the Megatron checkpoint config.path as a Hugging Face one, bit for bit."""
+    check_new_dir(out)
+    read_manifest(Path(config.path))
+    arch = architecture(read_hf_config(config.hf_dir), where=str(config.hf_dir))
+    model = build_model(arch, config, grid).to(platform.device())
+    load_weights(model, config, arch, grid)
+    with track_bytes("exporting", model.parameters(), grid.rank == 0) as progress:
+        stream = _counted(WeightStream(model, arch, grid), progress)
+        export_hf(stream, out, side_files_from=config.hf_dir, grid=grid)
+
+
+def _counted(stream: Any, progress: Any) -> Any:
+    for name, tensor in stream:
+        progress(tensor.numel() * tensor.element_size())
+        yield name, tensor

@@ -1,0 +1,173 @@
+"""Process groups: one grid of tensor, pipeline and data parallel ranks, and who am I in it.
+
+megatron-core takes a ProcessGroupCollection in its models, schedules, DDP and optimizer; a few of its
+functions still read the global parallel_state, so the grid is made there and handed on as a collection.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from megaopd import platform
+from megaopd.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a model is laid out over ranks; data parallel is what remains of the world size."""
+
+    tensor: int = 1  # tensor parallel size: attention heads, MLP and vocabulary are split
+    pipeline: int = 1  # pipeline parallel size: layers are split
+    sequence: bool = False  # sequence parallel: norms and residuals are split over the tensor ranks
+    timeout_minutes: int = 30  # a collective that waits longer than this ends the run
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "timeout_minutes"):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"parallel.{name} = {getattr(self, name)}", expected="an integer of at least 1"
+                )
+        if self.sequence and self.tensor == 1:
+            raise UserError(
+                "parallel.sequence = true with parallel.tensor = 1",
+                expected="sequence parallel splits over tensor ranks, of which there is one",
+                fix="set parallel.tensor=2 or more, or parallel.sequence=false",
+            )
+
+    @property
+    def model_parallel(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor * self.pipeline
+
+
+@dataclass(frozen=True)
+class Grid:
+    """This rank's place in the grid, and the groups to hand to megatron-core."""
+
+    config: ParallelConfig
+    groups: Any  # megatron.core.process_groups_config.ProcessGroupCollection
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    dp_size: int
+    rank: int
+    world_size: int
+
+    @property
+    def tp_size(self) -> int:
+        return self.config.tensor
+
+    @property
+    def pp_size(self) -> int:
+        return self.config.pipeline
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def stage_ranks(self) -> list[int]:
+        """Global ranks of this pipeline group, first stage first."""
+        import torch.distributed as dist
+
+        return dist.get_process_group_ranks(self.groups.pp)
+
+    def barrier(self) -> None:
+        """Wait for every rank of the job."""
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+def init_distributed(timeout_minutes: int = 30) -> None:
+    """Join the torchrun rendezvous, or make a world of one. Safe to call again."""
+    import torch.distributed as dist
+
+    platform.install()
+    if dist.is_initialized():
+        return
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    store = None
+    if "MASTER_ADDR" not in os.environ:
+        store = dist.HashStore()
+    dist.init_process_group(
+        platform.backend(),
+        store=store,
+        rank=int(os.environ["RANK"]) if store else -1,
+        world_size=int(os.environ["WORLD_SIZE"]) if store else -1,
+        timeout=timedelta(minutes=timeout_minutes),
+    )
+
+
+def make_grid(config: ParallelConfig, *, seed: int = 1234) -> Grid:
+    """Lay the world out as `config` says (replacing an earlier layout) and seed the RNG tracker.
+
+    Raises:
+        UserError: the world size is not a multiple of tensor x pipeline.
+    """
+    import torch.distributed as dist
+
+    init_distributed(config.timeout_minutes)
+    from megatron.core import parallel_state as mpu
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    world = dist.get_world_size()
+    if world % config.model_parallel:
+        raise UserError(
+            f"world size {world} with tensor={config.tensor} x pipeline={config.pipeline}",
+            expected=f"a multiple of {config.model_parallel} ranks",
+            fix=f"start {config.model_parallel} (or a multiple) ranks, or change [parallel]",
+        )
+    if mpu.model_parallel_is_initialized():
+        mpu.destroy_model_parallel()
+    mpu.initialize_model_parallel(
+        config.tensor,
+        config.pipeline,
+        create_gloo_process_groups=platform.has_gpu(),
+        distributed_timeout_minutes=config.timeout_minutes,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    return Grid(
+        config=config,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        pp_rank=mpu.get_pipeline_model_parallel_rank(),
+        dp_rank=mpu.get_data_parallel_rank(),
+        dp_size=mpu.get_data_parallel_world_size(),
+        rank=dist.get_rank(),
+        world_size=world,
+    )
+
+
+def sum_from_last_stage(values: "torch.Tensor", grid: Grid) -> "torch.Tensor":
+    """All-reduce `values` over the world, counting each data-parallel rank's last stage once.
+
+    Losses exist on the last pipeline stage, equal on all its tensor ranks; every rank gets the sum.
+    """
+    import torch
+    import torch.distributed as dist
+
+    counts = grid.is_last_stage and grid.tp_rank == 0
+    total = values.detach().clone() if counts else torch.zeros_like(values)
+    dist.all_reduce(total)
+    return total
+
+
+def gather_objects(obj: Any) -> list[Any]:
+    """Every rank's `obj`, by rank. For small host objects such as samples."""
+    import torch.distributed as dist
+
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, obj)
+    return gathered

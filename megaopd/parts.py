@@ -1,0 +1,378 @@
+"""What the loop of run.py is made of: built once, checked before anything is trained."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megaopd import config as config_io
+from megaopd import faults, platform
+from megaopd.data.config import DataConfig
+from megaopd.data.prompts import PromptStream, fixed_set
+from megaopd.data.tasks import get_task
+from megaopd.data.tokenizer import check_same_tokenizer, load_tokenizer
+from megaopd.data.types import Prompt, Sample
+from megaopd.errors import UserError
+from megaopd.models.build import architecture, check_layout, padded_vocab, read_hf_config
+from megaopd.parallel import Grid, gather_objects, make_grid
+from megaopd.report.metrics import MetricLogger
+from megaopd.rollout.base import Request, RolloutEngine, SamplingParams
+from megaopd.rollout.hf import EmbeddedEngine
+from megaopd.schema import Config
+from megaopd.trainer.batch import MicroBatch, make_micro_batches
+from megaopd.trainer.checkpoint import Checkpoints
+from megaopd.trainer.student import Student
+from megaopd.trainer.teacher import Teacher
+
+COLUMNS = ("step", "loss", "kl", "nll", "reward", "grad_norm", "response_length", "tokens_per_s")
+
+
+def build_parts(config: Config, *, training: bool = True) -> "Parts":
+    """Read, check and build everything that a run needs; a collective.
+
+    Args:
+        training: open the run directory and resume; otherwise the student is only evaluated.
+
+    Raises:
+        UserError: any input that does not fit, before weights are loaded.
+    """
+    tokenizer = load_tokenizer(config.student.hf_dir)
+    arch = architecture(read_hf_config(config.student.hf_dir), where=config.student.path)
+    check_layout(arch, config.parallel, who="student")
+    teacher_arch = None
+    if config.teacher.path:
+        check_same_tokenizer(tokenizer, load_tokenizer(config.teacher.hf_dir))
+        teacher_arch = architecture(read_hf_config(config.teacher.hf_dir), where=config.teacher.path)
+        check_layout(teacher_arch, config.parallel, who="teacher")
+    prompts = PromptStream(config.data, tokenizer)
+    grid = make_grid(config.parallel, seed=config.run.seed + 1234)
+    archs = [a for a in (arch, teacher_arch) if a is not None]
+    vocab = min(a.vocab for a in archs)
+    rows = max(padded_vocab(a.vocab, grid.tp_size, config.student.vocab_multiple) for a in archs)
+    student = Student(
+        config.student,
+        arch,
+        grid,
+        config.objective,
+        config.optim if training else None,
+        total_steps=config.run.steps,
+        vocab=vocab,
+        vocab_rows=rows,
+    )
+    teacher = None
+    if teacher_arch is not None:
+        teacher = Teacher(config.teacher, teacher_arch, grid, vocab_rows=rows)
+    parts = Parts(
+        config=config,
+        grid=grid,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        student=student,
+        teacher=teacher,
+        engine=_engine(config, tokenizer),
+        held_out=_held_out(config, tokenizer),
+    )
+    if training:
+        parts.start()
+    return parts
+
+
+def _engine(config: Config, tokenizer: Any) -> RolloutEngine:
+    import torch
+
+    return EmbeddedEngine(
+        config.student.hf_dir,
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        dtype=getattr(torch, config.student.dtype),
+        device=platform.device(),
+        batch_size=config.rollout.batch_size,
+    )
+
+
+def _held_out(config: Config, tokenizer: Any) -> list[Prompt]:
+    if not config.eval.prompts:
+        return []
+    source = config.eval.source or config.data.source
+    data: DataConfig = replace(config.data, source=source)
+    if source.startswith("task:"):
+        data = replace(data, split="test")
+    elif not config.eval.source:
+        raise UserError(
+            f"eval.prompts = {config.eval.prompts} with the training file {source}",
+            expected="held-out prompts",
+            fix="set eval.source to another file, or eval.prompts=0",
+        )
+    return fixed_set(data, tokenizer, config.eval.prompts)
+
+
+def check_run_dir(config: Config, *, has_checkpoints: bool) -> None:
+    """Refuse to go on with another run's checkpoints.
+
+    What may change between two starts of one run: its length, its layout, what is saved and reported.
+    """
+    if not has_checkpoints:
+        return
+    directory = Path(config.run.dir)
+    if not config.checkpoint.resume:
+        raise UserError(
+            f"{directory} holds checkpoints, and checkpoint.resume = false",
+            expected="an unused run.dir for a new run",
+            fix="choose another run.dir, or set checkpoint.resume=true",
+        )
+    before = config_io.read_toml(directory / "config.toml")
+    changed = []
+    for section, values in config_io.to_dict(config).items():
+        if section in ("parallel", "checkpoint", "report", "eval"):
+            continue
+        for key, value in values.items():
+            if (section, key) != ("run", "steps") and before.get(section, {}).get(key) != value:
+                changed.append(f"{section}.{key}: {before.get(section, {}).get(key)} -> {value}")
+    if changed:
+        raise UserError(
+            f"{directory} holds another run's checkpoints ({'; '.join(changed[:4])})",
+            expected="the configuration that the run was started with",
+            fix="choose another run.dir, or undo the change",
+        )
+
+
+def request_seed(run_seed: int, step: int, prompt: Prompt, index: int) -> int:
+    """The seed of one sample: a function of run, step, prompt and index, the same on any layout."""
+    key = f"{run_seed}/{step}/{prompt.id}/{index}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
+
+
+@dataclass
+class Parts:
+    """The verbs of the loop. Every method is a collective over all ranks."""
+
+    config: Config
+    grid: Grid
+    tokenizer: Any
+    prompts: PromptStream
+    student: Student
+    teacher: Teacher | None
+    engine: RolloutEngine
+    held_out: list[Prompt]
+    first_step: int = 0
+    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict)
+    logger: MetricLogger | None = None
+
+    def start(self) -> None:
+        """Open the run directory and take up an interrupted run."""
+        config, directory = self.config, self.dir
+        self.checkpoints = Checkpoints(directory, self.grid, keep=config.checkpoint.keep)
+        check_run_dir(config, has_checkpoints=bool(self.checkpoints.steps()))
+        self.grid.barrier()
+        if self.is_main:
+            directory.mkdir(parents=True, exist_ok=True)
+            config_io.save(config, directory / "config.toml")
+        step = self.checkpoints.latest_good()
+        if step is not None:
+            state = self.checkpoints.load(step, self.student)
+            self.prompts.load_state_dict(state["prompts"])
+            self.evaluations = {int(k): v for k, v in state["evaluations"].items()}
+            self.first_step = step
+        if self.is_main:
+            self.logger = MetricLogger(
+                directory,
+                config.report,
+                columns=COLUMNS,
+                total_steps=config.run.steps,
+                resume_step=self.first_step,
+            )
+        self.started = time.monotonic()
+
+    @property
+    def dir(self) -> Path:
+        return Path(self.config.run.dir)
+
+    @property
+    def is_main(self) -> bool:
+        return self.grid.rank == 0
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the seconds of this block to the step's `time/what`."""
+        begun = time.perf_counter()
+        yield
+        key = f"time/{what}"
+        self.times[key] = self.times.get(key, 0.0) + time.perf_counter() - begun
+
+    def sync_weights(self, version: int) -> None:
+        """Give the engine the student's current weights."""
+        with self.timed("sync"):
+            self.engine.update_weights(self.student.weights(), version)
+
+    def sample(self, step: int) -> list[Sample]:
+        """The student's responses to the next prompts, in order, the same list on every rank."""
+        faults.point("rollout")
+        rollout = self.config.rollout
+        with self.timed("rollout"):
+            prompts = self.prompts.next_batch(rollout.prompts_per_step)
+            return self._generate(
+                prompts, step, rollout.samples_per_prompt, SamplingParams.from_config(rollout)
+            )
+
+    def _generate(
+        self, prompts: Sequence[Prompt], step: int, per_prompt: int, params: SamplingParams
+    ) -> list[Sample]:
+        requests = [
+            Request(prompt, request_seed(self.config.run.seed, step, prompt, i), i)
+            for prompt in prompts
+            for i in range(per_prompt)
+        ]
+        world, rank = self.grid.world_size, self.grid.rank
+        mine = requests[rank::world]
+        made = gather_objects(self.engine.generate(mine, params) if mine else [])
+        samples: list[Any] = [None] * len(requests)
+        for other, part in enumerate(made):
+            samples[other::world] = part
+        return samples
+
+    def verify(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Rewards from each prompt's own task; samples of prompts without one keep None."""
+        with self.timed("verify"):
+            return [self._rewarded(sample) for sample in samples]
+
+    def _rewarded(self, sample: Sample) -> Sample:
+        prompt = sample.prompt
+        if not prompt.task:
+            return sample
+        return replace(
+            sample,
+            reward=get_task(prompt.task).verify(self.text(sample), prompt.answer, prompt.meta),
+        )
+
+    def text(self, sample: Sample) -> str:
+        """The response as text, without the token that ended it."""
+        ids = list(sample.response_ids)
+        if ids and ids[-1] == self.tokenizer.eos_token_id:
+            ids.pop()
+        return self.tokenizer.decode(ids)
+
+    def examples(self) -> list[Sample]:
+        """The next prompts with the data's own answers as responses (supervised fine-tuning)."""
+        prompts = self.prompts.next_batch(self.config.rollout.prompts_per_step)
+        return [self._example(prompt) for prompt in prompts]
+
+    def _example(self, prompt: Prompt) -> Sample:
+        if not prompt.answer:
+            raise UserError(
+                f"prompt {prompt.id!r} has no answer",
+                expected="an answer for every prompt: objective.loss = sft trains on it",
+            )
+        ids = self.tokenizer(prompt.answer, add_special_tokens=False)["input_ids"]
+        if ids[-1] != self.tokenizer.eos_token_id:
+            ids.append(self.tokenizer.eos_token_id)
+        return Sample(prompt, tuple(ids), None, "stop", weight_version=0)
+
+    def micro_batches(self, samples: Sequence[Sample]) -> list[MicroBatch]:
+        trainer = self.config.trainer
+        return make_micro_batches(
+            samples,
+            grid=self.grid,
+            micro_batch_size=trainer.micro_batch_size,
+            pad_id=self.tokenizer.pad_token_id,
+            loss_agg=self.config.objective.loss_agg,
+            max_sequence=trainer.max_sequence,
+        )
+
+    def update(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """Score with the teacher and take one optimizer step."""
+        with self.timed("update"):
+            return self.student.update(self.micro_batches(samples), self.teacher)
+
+    def log(self, step: int, metrics: dict[str, float], samples: Sequence[Sample]) -> None:
+        """One line of metrics.jsonl, the console and wandb."""
+        lengths = [len(s.response_ids) for s in samples]
+        rewards = [s.reward for s in samples if s.reward is not None]
+        spent = sum(self.times.values())
+        extra = {"response_length": sum(lengths) / len(lengths)}
+        extra["truncated"] = sum(s.finish_reason == "length" for s in samples) / len(samples)
+        if rewards:
+            extra["reward"] = sum(rewards) / len(rewards)
+        extra["tokens_per_s"] = sum(lengths) / max(spent, 1e-9)
+        if self.logger is not None:
+            self.logger.log_metrics(step, {**metrics, **extra, **self.times})
+        self.times = {}
+
+    def evaluate_at(self, step: int) -> None:
+        """Evaluate if this step is due and was not evaluated before a restart."""
+        every, steps = self.config.eval.every, self.config.run.steps
+        due = step in (0, steps) or (every and step % every == 0)
+        if not self.held_out or not due or step in self.evaluations:
+            return
+        self.evaluations[step] = self.evaluate(step)
+        if self.logger is not None:
+            self.logger.log_event("eval", {"step": step, **self.evaluations[step]})
+        self.times = {}
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Greedy reward on the held-out prompts; the objective on sampled responses to them."""
+        self.sync_weights(version=step)
+        params = SamplingParams.from_config(self.config.rollout)
+        greedy = self.verify(self._generate(self.held_out, -1, 1, params.greedy()))
+        rewards = [s.reward for s in greedy if s.reward is not None]
+        result = {"accuracy": sum(rewards) / len(rewards)} if rewards else {}
+        if self.teacher is not None:
+            sampled = self._generate(self.held_out, -2, 1, params)
+            scored = self.student.score(self.micro_batches(sampled), self.teacher)
+            keep = ("kl", "entropy", "teacher_entropy", "rollout_k3")
+            result |= {name: scored[name] for name in keep if name in scored}
+        self._save_samples(greedy)
+        return result
+
+    def _save_samples(self, samples: Sequence[Sample], count: int = 20) -> None:
+        if not self.is_main:
+            return
+        rows = [
+            dict(
+                prompt=s.prompt.text,
+                response=self.text(s),
+                expected=s.prompt.answer,
+                reward=s.reward,
+            )
+            for s in samples[:count]
+        ]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (self.dir / "samples.jsonl").write_text(lines)
+
+    def checkpoint(self, step: int) -> None:
+        """Save if this step is due; the last one always is."""
+        every = self.config.checkpoint.every
+        if step != self.config.run.steps and not (every and step % every == 0):
+            return
+        run_state = {
+            "prompts": self.prompts.state_dict(),
+            "evaluations": {str(k): v for k, v in self.evaluations.items()},
+        }
+        self.checkpoints.save(step, self.student, run_state, self.config.student.hf_dir)
+
+    def finish(self) -> dict[str, Any]:
+        """Write summary.json from what was measured."""
+        seconds = time.monotonic() - self.started
+        summary: dict[str, Any] = {"steps": self.config.run.steps, "seconds": seconds}
+        if self.evaluations:
+            first, last = min(self.evaluations), max(self.evaluations)
+            for name in self.evaluations[last]:
+                summary[f"{name}_before"] = self.evaluations[first].get(name)
+                summary[f"{name}_after"] = self.evaluations[last][name]
+        if self.is_main:
+            (self.dir / "summary.json").write_text(json.dumps(summary, indent=1))
+        return summary
+
+    def __enter__(self) -> "Parts":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if self.logger is not None:
+            self.logger.close()

@@ -1,0 +1,4 @@
+import contextlib
+@contextlib.contextmanager
+def track_bytes(what, parameters, enabled):
+    yield lambda n: None

@@ -1,0 +1,102 @@
+"""The configuration of a whole run: one section per part, checked against one another.
+
+Importable without torch, so that a bad configuration is refused before anything starts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megaopd.config import apply_overrides, build, read_toml
+from megaopd.data.config import DataConfig
+from megaopd.errors import UserError
+from megaopd.models.config import ModelConfig
+from megaopd.objectives.spec import ObjectiveConfig
+from megaopd.parallel import ParallelConfig
+from megaopd.report.config import ReportConfig
+from megaopd.rollout.config import RolloutConfig
+from megaopd.trainer.config import CheckpointConfig, OptimConfig, TrainerConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run itself."""
+
+    dir: str = "runs/opd"  # everything the run leaves behind
+    steps: int = 100  # optimizer steps
+    seed: int = 0  # of sampling and of the RNG tracker
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"run.steps = {self.steps}", expected="at least 1")
+        if not self.dir:
+            raise UserError('run.dir = ""', expected="a directory")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation: greedy reward, and the objective on the student's own responses."""
+
+    every: int = 0  # steps between evaluations; 0: only before the first and after the last step
+    prompts: int = 0  # how many held-out prompts; 0 switches evaluation off
+    source: str = ""  # like data.source; empty: the test split of data.source
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.prompts < 0:
+            raise UserError(
+                f"eval.every = {self.every}, eval.prompts = {self.prompts}", expected="0 or more"
+            )
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run: TOML sections of the same names."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    student: ModelConfig = field(default_factory=ModelConfig)
+    teacher: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+    def __post_init__(self) -> None:
+        if not self.student.path:
+            raise UserError(
+                "student.path is not set", expected="the directory of a Hugging Face or Megatron checkpoint"
+            )
+        if self.objective.needs_teacher and not self.teacher.path:
+            raise UserError(
+                f"objective.loss = {self.objective.loss} without teacher.path",
+                expected="a teacher checkpoint",
+                fix="set teacher.path, or objective.loss=sft",
+            )
+        if not self.objective.needs_teacher and self.teacher.path:
+            raise UserError(
+                f"teacher.path = {self.teacher.path} with objective.loss = {self.objective.loss}",
+                expected="no teacher: it would be ignored",
+                fix="remove teacher.path, or set objective.loss=rkl",
+            )
+        if self.optim.warmup_steps > self.run.steps:
+            raise UserError(
+                f"optim.warmup_steps = {self.optim.warmup_steps} of {self.run.steps} run.steps",
+                expected="a warm-up that ends within the run",
+            )
+        if not self.data.source:
+            raise UserError("data.source is not set", expected="prompts.jsonl or task:NAME")
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the student samples; otherwise it is trained on the data's answers."""
+        return self.objective.needs_teacher
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """A Config from a TOML file (or from defaults) and `section.key=value` overrides."""
+    values = read_toml(path) if path else {}
+    return build(Config, apply_overrides(values, overrides))

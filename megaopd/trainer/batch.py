@@ -1,0 +1,103 @@
+"""One optimizer step's samples, cut into the micro-batches of this data-parallel rank.
+
+Shapes: N samples, B micro-batch, S sequence, T = the rows of a micro-batch that the loss looks at.
+Hidden states arrive sequence-first, [S, B, H], so row s*B + b belongs to token s of sequence b.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megaopd import platform
+from megaopd.data.packing import pad_batch
+from megaopd.data.types import Sample
+from megaopd.errors import UserError
+from megaopd.losses import loss_weights
+from megaopd.parallel import Grid
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass and its loss need; tensors on this rank's device."""
+
+    tokens: Any  # [B, S] int64
+    position_ids: Any  # [B, S] int64
+    rows: Any  # [T] int64: rows of [S*B, H] with a label, or None for all of them
+    labels_T: Any  # [T] int64: the token that each row predicts
+    weights_T: Any  # [T] float32: mask x sample weight / denominator of the whole step
+    mask_T: Any  # [T] bool
+    rollout_log_probs_T: Any  # [T] float32, 0 where the rollout gave none
+    has_rollout_log_probs: bool
+
+    def select(self, hidden: Any) -> Any:
+        """[S(/TP), B, H] -> [T, H]: the rows that the loss looks at."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return flat if self.rows is None else flat.index_select(0, self.rows)
+
+
+def make_micro_batches(
+    samples: Sequence[Sample],
+    *,
+    grid: Grid,
+    micro_batch_size: int,
+    pad_id: int,
+    loss_agg: str,
+    max_sequence: int = 0,
+) -> list[MicroBatch]:
+    """Pad all samples of the step, weigh their tokens together, and keep this rank's share.
+
+    The weights are made from every sample of the step, on every rank alike: no communication, and the
+    step's loss and gradient do not depend on how it is cut into ranks and micro-batches.
+
+    A number of samples that does not divide is filled up with masked copies.
+
+    Raises:
+        UserError: a sample is longer than max_sequence.
+    """
+    count = len(samples)
+    fill = -count % (micro_batch_size * grid.dp_size)
+    masked = replace(samples[0], loss_mask=(0,) * len(samples[0].response_ids))
+    samples = [*samples, *[masked] * fill]
+    longest = max(len(sample.tokens) for sample in samples)
+    if max_sequence and longest > max_sequence:
+        raise UserError(
+            f"a sample of {longest} tokens with trainer.max_sequence = {max_sequence}",
+            expected="samples that fit",
+            fix="raise trainer.max_sequence, or lower rollout.max_new_tokens",
+        )
+    batch = pad_batch(samples, pad_id=pad_id, multiple_of=grid.tp_size)
+    options: dict[str, Any] = {} if loss_agg == "token-mean" else {"num_samples": count}
+    if loss_agg == "seq-mean-token-sum-norm":
+        options["max_length"] = max_sequence or batch.tokens.shape[1]
+    weights = loss_weights(batch.loss_mask, loss_agg=loss_agg, **options)
+    has_log_probs = all(sample.log_probs is not None for sample in samples)
+    share = len(samples) // grid.dp_size
+    first = grid.dp_rank * share
+    return [
+        _cut(batch, weights, slice(i, i + micro_batch_size), grid, has_log_probs)
+        for i in range(first, first + share, micro_batch_size)
+    ]
+
+
+def _cut(batch: Any, weights: Any, which: slice, grid: Grid, has_log_probs: bool) -> MicroBatch:
+    device = platform.device()
+    rows_first = [
+        tensor[which].t().reshape(-1)
+        for tensor in (batch.labels, weights, batch.loss_mask, batch.rollout_log_probs)
+    ]
+    rows = None
+    if not grid.config.sequence:  # a rank of a sequence-parallel group holds a part of the rows
+        rows = rows_first[2].nonzero().squeeze(1)
+        rows_first = [tensor.index_select(0, rows) for tensor in rows_first]
+        rows = rows.to(device)
+    labels, weights_T, mask, log_probs = (tensor.to(device) for tensor in rows_first)
+    return MicroBatch(
+        tokens=batch.tokens[which].to(device),
+        position_ids=batch.position_ids[which].to(device),
+        rows=rows,
+        labels_T=labels,
+        weights_T=weights_T,
+        mask_T=mask,
+        rollout_log_probs_T=log_probs,
+        has_rollout_log_probs=has_log_probs,
+    )

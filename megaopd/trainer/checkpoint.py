@@ -1,0 +1,88 @@
+"""A run's checkpoints: saved whole, the newest good one found by itself, old ones removed."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megaopd.errors import UserError
+from megaopd.models.sharded import load_sharded, read_manifest, save_sharded, verify
+from megaopd.parallel import Grid
+from megaopd.trainer.student import Student
+
+
+class Checkpoints:
+    """The directory `run_dir/checkpoints`, one `step_00000010` per saved step.
+
+    Args:
+        keep: how many of the newest stay on disk.
+        warn: told about checkpoints that are passed over.
+    """
+
+    def __init__(
+        self, run_dir: Path, grid: Grid, *, keep: int, warn: Callable[[str], None] = print
+    ) -> None:
+        self.dir, self.grid, self.keep, self.warn = run_dir / "checkpoints", grid, keep, warn
+
+    def steps(self) -> list[int]:
+        """The steps that have a complete directory, oldest first."""
+        found = (re.fullmatch(r"step_(\d{8})", p.name) for p in self.dir.glob("step_*"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def path(self, step: int) -> Path:
+        return self.dir / f"step_{step:08d}"
+
+    def save(self, step: int, student: Student, run_state: dict[str, Any], hf_dir: Path) -> None:
+        """Save the student after `step` optimizer steps with the run's own state; a collective.
+
+        Args:
+            run_state: plain numbers, strings, lists and dicts (data cursor, weight version).
+            hf_dir: where config and tokenizer are copied from.
+        """
+        import torch.distributed as dist
+
+        self.dir.mkdir(parents=True, exist_ok=True)
+        state = {**student.sharded_state(loading=False), "run": {"step": step, **run_state}}
+        layout = {"tensor": self.grid.tp_size, "pipeline": self.grid.pp_size}
+        layout["data"] = self.grid.dp_size
+        save_sharded(
+            state,
+            self.path(step),
+            info={
+                "step": step,
+                "layout": layout,
+                "family": student.arch.family,
+                "dtype": str(student.model.config.params_dtype).removeprefix("torch."),
+            },
+            side_files=hf_dir,
+        )
+        if self.grid.rank == 0:
+            for old in self.steps()[: -self.keep]:
+                shutil.rmtree(self.path(old))
+        dist.barrier()
+
+    def latest_good(self) -> int | None:
+        """The newest step whose files all have their hashes; a collective. None: start anew."""
+        for step in reversed(self.steps()):
+            try:
+                why = verify(self.path(step))
+            except UserError as err:
+                why = str(err)
+            if not why:
+                return step
+            if self.grid.rank == 0:
+                self.warn(f"passing over a damaged checkpoint: {why}")
+        return None
+
+    def load(self, step: int, student: Student) -> dict[str, Any]:
+        """Put the student back to `step`, under any layout; the saved run state. A collective."""
+        layout = read_manifest(self.path(step))["layout"]
+        mine = {"tensor": self.grid.tp_size, "pipeline": self.grid.pp_size}
+        wanted = student.sharded_state(loading=True)
+        if layout != {**mine, "data": self.grid.dp_size}:
+            # Another layout has other RNG streams; nothing in a run draws from them but dropout.
+            del wanted["rng"]
+        state = load_sharded({**wanted, "run": {}}, self.path(step))
+        student.load_sharded_state(state)
+        return state["run"]

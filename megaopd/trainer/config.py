@@ -1,0 +1,64 @@
+"""How the student is updated and what is saved of it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megaopd.errors import UserError
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam, its schedule and gradient clipping (megatron-core's optimizer and scheduler)."""
+
+    lr: float = 2e-6  # peak learning rate
+    min_lr: float = 0.0  # the decay ends here
+    warmup_steps: int = 0  # linear from 0
+    decay: Literal["constant", "linear", "cosine"] = "constant"  # after warm-up, until run.steps
+    weight_decay: float = 0.0  # decoupled (AdamW)
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-8
+    clip_grad: float = 1.0  # global gradient norm; 0 switches clipping off
+    distributed: bool = True  # optimizer state split over data-parallel ranks (ZeRO-1)
+
+    def __post_init__(self) -> None:
+        for name in ("min_lr", "warmup_steps", "weight_decay", "clip_grad"):
+            if getattr(self, name) < 0:
+                raise UserError(f"optim.{name} = {getattr(self, name)}", expected="0 or more")
+        if not self.lr > 0:
+            raise UserError(f"optim.lr = {self.lr}", expected="a number above 0")
+        if self.min_lr > self.lr:
+            raise UserError(
+                f"optim.min_lr = {self.min_lr} above optim.lr = {self.lr}",
+                expected="min_lr <= lr",
+            )
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The batch of one optimizer step."""
+
+    micro_batch_size: int = 1  # sequences of one forward pass on one data-parallel rank
+    max_sequence: int = 0  # longest prompt + response; 0: max prompt tokens + max new tokens
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_size < 1:
+            raise UserError(
+                f"trainer.micro_batch_size = {self.micro_batch_size}", expected="at least 1"
+            )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Where a run can be taken up again."""
+
+    every: int = 0  # steps between checkpoints; 0: only at the end
+    keep: int = 2  # the newest ones that stay on disk
+    resume: bool = True  # go on from the last good checkpoint of the run directory
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.keep < 1:
+            raise UserError(
+                f"checkpoint.every = {self.every}, checkpoint.keep = {self.keep}",
+                expected="every >= 0 and keep >= 1",
+            )

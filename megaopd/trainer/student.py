@@ -1,0 +1,142 @@
+"""The student: a sharded model with its optimizer and schedule, updated one step at a time."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megaopd import faults, platform
+from megaopd.models.build import Architecture, build_model, padded_vocab
+from megaopd.models.config import ModelConfig
+from megaopd.models.convert import load_weights
+from megaopd.models.weights import WeightStream
+from megaopd.objectives.spec import ObjectiveConfig
+from megaopd.parallel import Grid
+from megaopd.trainer.batch import MicroBatch
+from megaopd.trainer.config import OptimConfig
+from megaopd.trainer.optim import make_optimizer, make_schedule, wrap_ddp
+from megaopd.trainer.step import objective_pass
+from megaopd.trainer.teacher import Teacher
+
+
+class Student:
+    """Built from a Hugging Face checkpoint; knows tensors, masks and weights, not the method.
+
+    Args:
+        vocab: ids that are real in student and teacher (the smaller vocabulary).
+        vocab_rows: padded vocabulary over all tensor ranks.
+        optim: None for a student that is only evaluated: no gradients, no optimizer state.
+        total_steps: where the learning-rate decay ends.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        arch: Architecture,
+        grid: Grid,
+        objective: ObjectiveConfig,
+        optim: OptimConfig | None,
+        *,
+        total_steps: int = 1,
+        vocab: int | None = None,
+        vocab_rows: int | None = None,
+        progress: Any = None,
+    ) -> None:
+        self.arch, self.grid, self.objective = arch, grid, objective
+        self.vocab = vocab or arch.vocab
+        rows = vocab_rows or padded_vocab(arch.vocab, grid.tp_size, config.vocab_multiple)
+        self.model = build_model(arch, config, grid, vocab_rows=rows).to(platform.device())
+        load_weights(self.model, config, arch, grid, progress=progress)
+        if optim is None:  # to be evaluated only
+            self.ddp = self.model.eval().requires_grad_(False)
+            return
+        self.ddp = wrap_ddp(self.model, optim, grid)
+        self.optimizer = make_optimizer(self.ddp, optim, grid)
+        self.schedule = make_schedule(self.optimizer, optim, total_steps)
+
+    def weights(self) -> WeightStream:
+        """(Hugging Face name, full tensor) of the current weights; iterating is a collective."""
+        return WeightStream(self.model, self.arch, self.grid)
+
+    def update(
+        self, micro_batches: Sequence[MicroBatch], teacher: Teacher | None = None
+    ) -> dict[str, float]:
+        """One optimizer step; the objective's metrics with grad_norm and lr, equal on every rank.
+
+        Raises:
+            RuntimeError: a NaN gradient (megatron-core's check).
+        """
+        hidden = teacher.hidden_states(micro_batches) if teacher else None
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        metrics = self._pass(micro_batches, teacher, hidden, forward_only=False)
+        faults.point("optimizer")
+        lr = self.optimizer.param_groups[0]["lr"]
+        done, grad_norm, _ = self.optimizer.step()
+        assert done, "the optimizer skipped a step without loss scaling"
+        self.schedule.step(increment=1)
+        return {**metrics, "grad_norm": float(grad_norm), "lr": float(lr)}
+
+    def score(
+        self, micro_batches: Sequence[MicroBatch], teacher: Teacher | None = None
+    ) -> dict[str, float]:
+        """The objective's metrics on these micro-batches, without a gradient."""
+        import torch
+
+        with torch.no_grad():
+            hidden = teacher.hidden_states(micro_batches) if teacher else None
+            return self._pass(micro_batches, teacher, hidden, forward_only=True)
+
+    def _pass(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        teacher: Teacher | None,
+        hidden: list[Any] | None,
+        *,
+        forward_only: bool,
+    ) -> dict[str, float]:
+        return objective_pass(
+            self.ddp,
+            self.model.output_weight,
+            self.grid,
+            micro_batches,
+            self.objective,
+            vocab=self.vocab,
+            teacher_hidden=hidden,
+            teacher_weight=teacher.output_weight if teacher else None,
+            forward_only=forward_only,
+        )
+
+    def sharded_state(self, *, loading: bool) -> dict[str, Any]:
+        """Model, optimizer, schedule and RNG as a sharded state dict for dist_checkpointing."""
+        import torch
+        from megatron.core.dist_checkpointing.mapping import ShardedObject
+        from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+        model = self.model.sharded_state_dict()
+        optimizer = self.optimizer.sharded_state_dict(
+            model,
+            is_loading=loading,
+            metadata={"distrib_optim_sharding_type": "fully_reshardable"},
+        )
+        rng = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+        grid = self.grid
+        place = (grid.pp_rank, grid.tp_rank, grid.dp_rank)
+        shape = (grid.pp_size, grid.tp_size, grid.dp_size)
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "schedule": self.schedule.state_dict(),
+            "rng": ShardedObject("rng", rng, shape, place),
+        }
+
+    def load_sharded_state(self, state: dict[str, Any]) -> None:
+        """Take what `sharded_state` saved; RNG only where the layout is the same."""
+        import torch
+        from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if "rng" in state:
+            torch.set_rng_state(state["rng"]["torch"])
+            get_cuda_rng_tracker().set_states(state["rng"]["tracker"])

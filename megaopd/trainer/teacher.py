@@ -1,0 +1,66 @@
+"""A frozen teacher in the student's process groups that hands over hidden states, never logits.
+
+H numbers a token instead of V; the loss applies the teacher's output layer chunk by chunk, on the
+student's vocabulary partition.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megaopd import platform
+from megaopd.models.build import Architecture, build_model
+from megaopd.models.config import ModelConfig
+from megaopd.models.convert import load_weights
+from megaopd.parallel import Grid
+from megaopd.trainer.batch import MicroBatch
+from megaopd.trainer.step import run_schedule
+
+
+class Teacher:
+    """Inference only: no gradient buffers and no optimizer.
+
+    Args:
+        vocab_rows: the student's padded vocabulary, so that both shards cover the same ids.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        arch: Architecture,
+        grid: Grid,
+        *,
+        vocab_rows: int,
+        progress: Any = None,
+    ) -> None:
+        self.arch, self.grid = arch, grid
+        model = build_model(arch, config, grid, vocab_rows=vocab_rows).to(platform.device())
+        load_weights(model, config, arch, grid, progress=progress)
+        self.model = model.eval().requires_grad_(False)
+
+    def output_weight(self) -> Any:
+        """[Vp, Ht] on the last stage."""
+        return self.model.output_weight()
+
+    def hidden_states(self, micro_batches: Sequence[MicroBatch]) -> list[Any]:
+        """The teacher's last hidden states of each micro-batch, [T, Ht]; None where not last stage.
+
+        Only the rows that the loss looks at are kept.
+        """
+        import torch
+
+        def forward_step(iterator: Iterator[MicroBatch], stage: Any) -> tuple[Any, Any]:
+            micro = next(iterator)
+            output = stage(micro.tokens, micro.position_ids, None)
+            return output, partial(_select, micro)
+
+        with torch.no_grad():
+            kept = run_schedule(
+                self.model, self.grid, micro_batches, forward_step, forward_only=True, collect=True
+            )
+        return kept or [None] * len(micro_batches)
+
+
+def _select(micro: MicroBatch, hidden: Any, non_loss_data: bool = True) -> Any:
+    return micro.select(hidden)
