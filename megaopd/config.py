@@ -94,6 +94,8 @@ def _user_error(cls: Any, failure: ValidationError) -> UserError:
             if near
             else "remove it",
         )
+    if first["type"] == "missing":
+        return UserError(f"{where} is not set", expected="a value: it has no default")
     message = first["msg"].removeprefix("Input should be ")
     return UserError(f"{where} = {first['input']!r}", expected=message)
 

@@ -14,7 +14,7 @@ from megaopd import config as config_io
 from megaopd import faults, platform
 from megaopd.data.config import DataConfig
 from megaopd.data.prompts import PromptStream, fixed_set
-from megaopd.data.tasks import get_task
+from megaopd.data.tasks import score
 from megaopd.data.tokenizer import check_same_tokenizer, load_tokenizer
 from megaopd.data.types import Prompt, Sample
 from megaopd.errors import UserError
@@ -239,16 +239,7 @@ class Parts:
     def verify(self, samples: Sequence[Sample]) -> list[Sample]:
         """Rewards from each prompt's own task; samples of prompts without one keep None."""
         with self.timed("verify"):
-            return [self._rewarded(sample) for sample in samples]
-
-    def _rewarded(self, sample: Sample) -> Sample:
-        prompt = sample.prompt
-        if not prompt.task:
-            return sample
-        return replace(
-            sample,
-            reward=get_task(prompt.task).verify(self.text(sample), prompt.answer, prompt.meta),
-        )
+            return [replace(s, reward=score(s.prompt, self.text(s))) for s in samples]
 
     def text(self, sample: Sample) -> str:
         """The response as text, without the token that ended it."""

@@ -169,6 +169,7 @@ def make_checkpoint(name: str, out: Path, seed: int) -> None:
     """A randomly initialised Qwen3-shaped checkpoint with the character tokenizer."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     from megaopd.data.tokenizer import char_tokenizer
 
@@ -196,6 +197,7 @@ def make_checkpoint(name: str, out: Path, seed: int) -> None:
                 std *= 0.5 if "o_proj" in key or "down_proj" in key else 1.0
                 parameter.normal_(0.0, std, generator=generator)
     tmp = out.with_name(out.name + ".partial")
+    disable_progress_bar()
     model.save_pretrained(tmp)
     tokenizer.save_pretrained(tmp)
     tmp.rename(out)
@@ -207,7 +209,7 @@ def score_with_transformers(export: Path, config: Config) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from megaopd.data.prompts import fixed_set
-    from megaopd.data.tasks import get_task
+    from megaopd.data.tasks import score
 
     tokenizer = AutoTokenizer.from_pretrained(export, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(export, local_files_only=True).eval()
@@ -223,7 +225,7 @@ def score_with_transformers(export: Path, config: Config) -> dict[str, float]:
         for prompt, row in zip(group, out.tolist(), strict=True):
             stop = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else None
             text = tokenizer.decode(row[:stop])
-            right += get_task(prompt.task).verify(text, prompt.answer, prompt.meta)
+            right += score(prompt, text) or 0.0
     return {"transformers_accuracy": right / len(prompts)}
 
 

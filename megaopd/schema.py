@@ -48,7 +48,7 @@ class EvalConfig:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A run: TOML sections of the same names."""
 
@@ -56,7 +56,7 @@ class Config:
     student: ModelConfig = field(default_factory=ModelConfig)
     teacher: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -87,8 +87,6 @@ class Config:
                 f"optim.warmup_steps = {self.optim.warmup_steps} of {self.run.steps} run.steps",
                 expected="a warm-up that ends within the run",
             )
-        if not self.data.source:
-            raise UserError("data.source is not set", expected="prompts.jsonl or task:NAME")
 
     @property
     def on_policy(self) -> bool:

@@ -1,14 +1,72 @@
+"""Samples -> one padded batch of fixed shape.
+
+Shapes: N samples, S positions. Response token t of a sample with P prompt tokens is predicted by
+the logits at row P-1+t, and everything per response token (mask, log-probs) stands at that row.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+
 import torch
-@dataclass
+
+from megaopd.data.types import Sample
+from megaopd.errors import UserError
+
+
+@dataclass(frozen=True)
 class PaddedBatch:
-    tokens: object; position_ids: object; labels: object; loss_mask: object; rollout_log_probs: object; lengths: object
-def pad_batch(samples, *, pad_id, multiple_of=1, length=None):
-    n = max(len(s.tokens) for s in samples); S = length or -(-n // multiple_of) * multiple_of; N = len(samples)
-    tok = torch.full((N, S), pad_id); lab = torch.full((N, S), pad_id); m = torch.zeros(N, S, dtype=torch.bool); lp = torch.zeros(N, S)
-    for i, s in enumerate(samples):
-        t = torch.tensor(s.tokens); tok[i, :len(t)] = t; lab[i, :len(t) - 1] = t[1:]
-        p = len(s.prompt.token_ids); r = len(s.response_ids)
-        m[i, p - 1:p - 1 + r] = torch.tensor(s.loss_mask or (1,) * r, dtype=torch.bool)
-        if s.log_probs: lp[i, p - 1:p - 1 + r] = torch.tensor(s.log_probs)
-    return PaddedBatch(tok, torch.arange(S).expand(N, S), lab, m, lp, torch.tensor([len(s.tokens) for s in samples]))
+    """Right-padded samples; every tensor is [N, S] but `lengths`."""
+
+    tokens: torch.Tensor  # int64: prompt, response, padding
+    position_ids: torch.Tensor  # int64: 0..S-1 in every row
+    labels: torch.Tensor  # int64: labels[:, s] = tokens[:, s+1]; pad_id in the last column
+    loss_mask: torch.Tensor  # bool: this logit row predicts a token the student sampled
+    rollout_log_probs: torch.Tensor  # float32: of that token; 0 where absent
+    lengths: torch.Tensor  # int64 [N]: prompt + response
+
+
+def pad_batch(
+    samples: Sequence[Sample], *, pad_id: int, multiple_of: int = 1, length: int | None = None
+) -> PaddedBatch:
+    """Pad samples on the right to the longest, rounded up to `multiple_of`, or to `length`.
+
+    `multiple_of` is what tensor and context parallelism divide the sequence by.
+
+    Raises:
+        UserError: a sample is longer than `length`, or `length` is not a multiple. Nothing is cut:
+            a shorter response would be a response that was never sampled.
+    """
+    longest = max((len(sample.tokens) for sample in samples), default=1)
+    size = length if length is not None else -(-longest // multiple_of) * multiple_of
+    if longest > size:
+        raise UserError(
+            f"a sample of {longest} tokens for sequences of {size}",
+            fix="raise trainer.max_sequence, or lower data.max_prompt_tokens or "
+            "rollout.max_new_tokens",
+        )
+    if size % multiple_of:
+        raise UserError(f"sequence length {size}", expected=f"a multiple of {multiple_of}")
+
+    shape = (len(samples), size)
+    tokens = torch.full(shape, pad_id, dtype=torch.int64)
+    loss_mask = torch.zeros(shape, dtype=torch.bool)
+    log_probs = torch.zeros(shape, dtype=torch.float32)
+    for row, sample in enumerate(samples):
+        tokens[row, : len(sample.tokens)] = torch.tensor(sample.tokens)
+        start = len(sample.prompt.token_ids) - 1
+        rows = slice(start, start + len(sample.response_ids))
+        mask = sample.loss_mask
+        loss_mask[row, rows] = True if mask is None else torch.tensor(mask, dtype=torch.bool)
+        if sample.log_probs is not None:
+            log_probs[row, rows] = torch.tensor(sample.log_probs, dtype=torch.float32)
+
+    labels = torch.full(shape, pad_id, dtype=torch.int64)
+    labels[:, :-1] = tokens[:, 1:]
+    return PaddedBatch(
+        tokens=tokens,
+        position_ids=torch.arange(size).expand(shape).contiguous(),
+        labels=labels,
+        loss_mask=loss_mask,
+        rollout_log_probs=log_probs,
+        lengths=torch.tensor([len(sample.tokens) for sample in samples], dtype=torch.int64),
+    )

@@ -4,6 +4,7 @@ Each function runs on every rank of a grid (megaopd/launch.py starts the ranks);
 its shard and one full tensor, and rank 0 of an export one output file.
 """
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from megaopd.models.config import ModelConfig
 from megaopd.models.sharded import load_sharded, read_manifest, save_sharded, verify
 from megaopd.models.weights import WeightStream, check_new_dir, export_hf, load_hf_weights
 from megaopd.parallel import Grid
-from megaopd.report.progress import track_bytes
+from megaopd.report.progress import progress
 
 
 def load_weights(
@@ -41,8 +42,8 @@ def hf_to_megatron(config: ModelConfig, out: Path, grid: Grid) -> None:
     check_new_dir(out)
     arch = architecture(read_hf_config(config.path), where=config.path)
     model = build_model(arch, config, grid).to(platform.device())
-    with track_bytes("loading", model.parameters(), grid.rank == 0) as progress:
-        load_hf_weights(model, config.path, arch, grid, progress=progress)
+    with progress("loading (MB)", _megabytes(model), enabled=grid.rank == 0) as advance:
+        load_hf_weights(model, config.path, arch, grid, progress=_in_megabytes(advance))
     info = {"step": 0, "family": arch.family, "dtype": config.dtype}
     layout = {"tensor": grid.tp_size, "pipeline": grid.pp_size, "data": grid.dp_size}
     save_sharded(
@@ -60,12 +61,29 @@ def megatron_to_hf(config: ModelConfig, out: Path, grid: Grid) -> None:
     arch = architecture(read_hf_config(config.hf_dir), where=str(config.hf_dir))
     model = build_model(arch, config, grid).to(platform.device())
     load_weights(model, config, arch, grid)
-    with track_bytes("exporting", model.parameters(), grid.rank == 0) as progress:
-        stream = _counted(WeightStream(model, arch, grid), progress)
-        export_hf(stream, out, side_files_from=config.hf_dir, grid=grid)
+    stream = WeightStream(model, arch, grid)
+    with progress("exporting tensors", stream.count, enabled=grid.rank == 0) as advance:
+        export_hf(_counted(stream, advance), out, side_files_from=config.hf_dir, grid=grid)
 
 
-def _counted(stream: Any, progress: Any) -> Any:
-    for name, tensor in stream:
-        progress(tensor.numel() * tensor.element_size())
-        yield name, tensor
+def _counted(stream: WeightStream, advance: Callable[[int], None]) -> Iterator[tuple[str, Any]]:
+    for item in stream:
+        yield item
+        advance(1)
+
+
+def _megabytes(model: Any) -> int:
+    return max(1, sum(p.numel() * p.element_size() for p in model.parameters()) >> 20)
+
+
+def _in_megabytes(advance: Callable[[int], None]) -> Callable[[int], None]:
+    """Collect bytes until they make a megabyte."""
+    waiting = 0
+
+    def add(size: int) -> None:
+        nonlocal waiting
+        waiting += size
+        advance(waiting >> 20)
+        waiting &= (1 << 20) - 1
+
+    return add

@@ -155,6 +155,7 @@ class WeightStream:
         else:
             stages = [described]
         self.stages = stages
+        self.count = sum(len(names) for stage in stages for names, _, _ in stage)
 
     def _shapes(self, entry: Entry) -> list[Any]:
         import torch

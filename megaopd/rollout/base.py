@@ -58,7 +58,7 @@ class RolloutEngine(Protocol):
         """One sample per request, in order, each with its log-probs and the weight version.
 
         Raises:
-            UserError: an empty prompt, an id outside the vocabulary, or a prompt too long.
+            UserError: an id outside the vocabulary, or a prompt too long.
         """
         ...
 
@@ -70,8 +70,6 @@ def check_requests(
     for request in requests:
         ids = request.prompt.token_ids
         who = f"prompt {request.prompt.id!r}"
-        if not ids:
-            raise UserError(f"{who} has no tokens", expected="at least one token")
         bad = next((i for i in ids if not 0 <= i < vocab), None)
         if bad is not None:
             raise UserError(

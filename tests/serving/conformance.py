@@ -146,7 +146,6 @@ class Conformance:
             return [Request(Prompt("bad", ids, "", None, "", {}), 0)]
 
         for ids, new, said in (
-            ((), 4, "no tokens"),
             ((1, VOCAB), 4, f"token id {VOCAB}"),
             ((-1,), 4, "token id -1"),
             ((1,) * 60, 10, "at most 64 positions"),

@@ -44,7 +44,7 @@ def test_the_resolved_config_round_trips(tmp_path):
         ("rollout.top_p=0", "(0, 1]"),
         ("objective.loss=sft", "remove teacher.path"),
         ("teacher.path=", "set teacher.path"),
-        ("data.source=", "data.source is not set"),
+        ("data.source=", "data.source = ''"),
         ("rollout=3", "rollout = 3"),
         ("steps", "section.key=value"),
         ("run.dir.x=1", "run.dir"),

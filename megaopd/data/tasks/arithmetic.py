@@ -5,8 +5,8 @@
     addsub3        either sign
     chain4         "12+30- 4+ 1="   -> "42,38,39."   running totals, a small chain of thought
 
-The digit is the longest operand's length (for chain: the number of terms). Operands are padded to it
-with spaces. "." ends an answer and is the end-of-sequence token of data.tokenizer.char_tokenizer.
+The digit is the longest operand's length (for chain: the number of terms). Operands are padded to
+it with spaces. "." ends an answer, as it ends a sequence of data.tokenizer.char_tokenizer.
 """
 
 import random

@@ -1,11 +1,12 @@
 """Any task of the reasoning-gym library: generated questions and the library's own scorers.
 
-Some of its scorers call eval (sympy's parse_expr is one) on the answer. Text that a model wrote is not
-evaluated here: those tasks are scored only on answers that match a harmless pattern, or refused.
+Some of its scorers call eval (sympy's parse_expr is one) on the answer. Text that a model wrote is
+not evaluated here: those tasks score only answers that match a harmless pattern, or are refused.
 """
 
 import difflib
 import math
+import random
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +25,7 @@ SAFE_ANSWERS: dict[str, re.Pattern[str]] = {
     "spiral_matrix": _LISTS,
     "string_insertion": _LISTS,
 }
-_SIZE = 100_000  # read only by tasks that count their items
+_SIZE = 1000  # read only by tasks that count their items
 # Their answers need function names, and with those eval can run anything.
 REFUSED = ("intermediate_integration", "polynomial_multiplication", "simple_integration")
 
@@ -60,14 +61,21 @@ class ReasoningGymTask:
 
         def draw(attempt: int) -> Example:
             item = stable_hash(self.name, seed, index, attempt) % 2**31
-            try:
-                entry = self._dataset[item]
-            except IndexError:  # a few tasks hold a list of `size` items
-                entry = self._dataset[item % _SIZE]
+            entry = self._entry(item)
             meta = {"question": entry["question"], "metadata": entry["metadata"]}
             return Example(entry["question"], str(entry["answer"]), meta)
 
         return draw_in_split(draw, split)
+
+    def _entry(self, item: int) -> dict[str, Any]:
+        state = random.getstate()
+        random.seed(item)  # list_functions draws from the global generator
+        try:
+            return self._dataset[item]
+        except IndexError:  # a few tasks hold a list of `size` items
+            return self._dataset[item % _SIZE]
+        finally:
+            random.setstate(state)
 
     def verify(self, response: str, answer: str, meta: Mapping[str, Any]) -> float:
         """The library's score of the text in the last <answer> tag, or of the whole response."""
@@ -81,6 +89,6 @@ class ReasoningGymTask:
         try:
             score = float(self._dataset.score_answer(text, entry))
         except Exception:
-            # A hundred third-party scorers, any of which may trip over a model's text: a wrong answer.
+            # A hundred third-party scorers, any of which may trip over a model's text.
             return 0.0
         return min(max(score, 0.0), 1.0) if math.isfinite(score) else 0.0

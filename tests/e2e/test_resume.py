@@ -1,0 +1,80 @@
+"""kill -9 at any moment: the run resumes to the same trajectory, byte for byte in fp32."""
+
+import random
+
+import pytest
+
+from megaopd.faults import POINTS
+from tests.e2e.runs import columns, make_models, megaopd, opd_arguments
+
+STEPS, EVERY = 12, 2
+
+
+def kill_plan(seed: int) -> list[tuple[str, int]]:
+    """One step for each point, in rising order, seeded; checkpoint points die on a saving step."""
+    rng = random.Random(seed)
+    points = list(POINTS)
+    rng.shuffle(points)
+    plan = []
+    for i, point in enumerate(points):
+        step = 2 * i + 2 + (0 if point.startswith("checkpoint") else rng.choice([0, 1]))
+        plan.append((point, step))
+    return plan
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(["parallel.tensor=1"], id="tp1"),
+        pytest.param(["parallel.tensor=2", "parallel.sequence=true"], id="tp2", marks=pytest.mark.slow),
+        pytest.param(["parallel.pipeline=2"], id="pp2", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_five_times_and_resumed(tmp_path, layout):
+    student, teacher = make_models(tmp_path)
+    common = [f"run.steps={STEPS}", f"checkpoint.every={EVERY}", *layout]
+    whole = megaopd(*opd_arguments(student, teacher, tmp_path / "whole", *common))
+    assert whole.returncode == 0, whole.stderr
+
+    killed = opd_arguments(student, teacher, tmp_path / "killed", *common)
+    for point, step in kill_plan(seed=3):
+        died = megaopd(*killed, env={"MEGAOPD_KILL_AT": f"{point}:{step}"})
+        assert died.returncode not in (0, 2), f"{point}:{step} did not kill: {died.stdout}"
+    end = megaopd(*killed)
+    assert end.returncode == 0, end.stderr
+
+    names = ("step", "loss", "grad_norm", "kl", "reward")
+    assert columns(tmp_path / "killed", *names) == columns(tmp_path / "whole", *names)
+    assert [row[0] for row in columns(tmp_path / "killed", "step")] == [
+        str(i + 1) for i in range(STEPS)
+    ]
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    student, teacher = make_models(tmp_path)
+    run = opd_arguments(
+        student, teacher, tmp_path / "run", "checkpoint.every=2", "checkpoint.keep=3"
+    )
+    assert megaopd(*run, "run.steps=6").returncode == 0
+    before = columns(tmp_path / "run", "step", "loss")
+    newest = tmp_path / "run" / "checkpoints" / "step_00000006"
+    shard = max(newest.glob("*.distcp"), key=lambda p: p.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(bytes(data))
+    again = megaopd(*run, "run.steps=6")
+    assert again.returncode == 0, again.stderr
+    assert "passing over a damaged checkpoint" in again.stdout
+    assert columns(tmp_path / "run", "step", "loss") == before
+
+
+def test_another_run_is_refused(tmp_path):
+    student, teacher = make_models(tmp_path)
+    run = opd_arguments(student, teacher, tmp_path / "run")
+    assert megaopd(*run, "run.steps=2").returncode == 0
+    other = megaopd(*run, "run.steps=4", "optim.lr=1e-3")
+    assert other.returncode == 2
+    assert "optim.lr: 0.002 -> 0.001" in other.stderr
+    longer = megaopd(*run, "run.steps=3")
+    assert longer.returncode == 0, longer.stderr
+    assert len(columns(tmp_path / "run", "step")) == 3
