@@ -29,7 +29,7 @@ from megaopd.trainer.checkpoint import Checkpoints
 from megaopd.trainer.student import Student
 from megaopd.trainer.teacher import Teacher
 
-COLUMNS = ("step", "loss", "kl", "nll", "reward", "grad_norm", "response_length", "tokens_per_s")
+COLUMNS = ("loss", "kl", "nll", "reward", "grad_norm", "response_length", "tokens_per_s")
 
 
 def build_parts(config: Config, *, training: bool = True) -> "Parts":
@@ -99,7 +99,7 @@ def _held_out(config: Config, tokenizer: Any) -> list[Prompt]:
     if not config.eval.prompts:
         return []
     source = config.eval.source or config.data.source
-    data: DataConfig = replace(config.data, source=source)
+    data: DataConfig = replace(config.data, source=source, seed=config.eval.seed)
     if source.startswith("task:"):
         data = replace(data, split="test")
     elif not config.eval.source:
@@ -185,7 +185,7 @@ class Parts:
                 config.report,
                 columns=COLUMNS,
                 total_steps=config.run.steps,
-                resume_step=self.first_step,
+                resume_step=step,
             )
         self.started = time.monotonic()
 

@@ -213,7 +213,8 @@ def score_with_transformers(export: Path, config: Config) -> dict[str, float]:
 
     tokenizer = AutoTokenizer.from_pretrained(export, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(export, local_files_only=True).eval()
-    prompts = fixed_set(replace(config.data, split="test"), tokenizer, config.eval.prompts)
+    held_out = replace(config.data, split="test", seed=config.eval.seed)
+    prompts = fixed_set(held_out, tokenizer, config.eval.prompts)
     right, by_length = 0.0, {}
     for prompt in prompts:
         by_length.setdefault(len(prompt.token_ids), []).append(prompt)

@@ -8,6 +8,7 @@ from typing import Any
 
 from megaopd import faults
 from megaopd.parts import Parts, build_parts
+from megaopd.report.progress import progress
 from megaopd.schema import Config
 
 
@@ -23,10 +24,13 @@ def train(config: Config) -> dict[str, Any]:
         UserError: the input does not fit together; nothing has been trained yet.
     """
     with build_parts(config) as parts:
+        steps = range(parts.first_step, config.run.steps)
         parts.evaluate_at(parts.first_step)
-        for step in range(parts.first_step, config.run.steps):
-            faults.set_step(step + 1)
-            one_step(parts, step)
+        with progress("steps", len(steps), enabled=parts.is_main and len(steps) > 0) as advance:
+            for step in steps:
+                faults.set_step(step + 1)
+                one_step(parts, step)
+                advance(1)
         return parts.finish()
 
 

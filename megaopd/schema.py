@@ -40,6 +40,7 @@ class EvalConfig:
     every: int = 0  # steps between evaluations; 0: only before the first and after the last step
     prompts: int = 0  # how many held-out prompts; 0 switches evaluation off
     source: str = ""  # like data.source; empty: the test split of data.source
+    seed: int = 0  # of the held-out prompts: they stay the same while data.seed changes
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.prompts < 0:

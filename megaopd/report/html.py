@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megaopd.errors import UserError
-from megaopd.report.metrics import format_number, read_events, read_metrics
+from megaopd.report.metrics import read_events, read_metrics
 from megaopd.report.plots import draw_plots
 
 MAX_SAMPLES = 100
@@ -99,7 +99,7 @@ def _figure(value: Any) -> str:
     """A value as a person reads it."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
-    return str(value) if isinstance(value, int) else format_number(value)
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
 def _summary(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class PlotGroup:
 GROUPS: tuple[PlotGroup, ...] = (
     PlotGroup(
         "Engine and trainer agreement",
-        r"mismatch|probe|log_?prob_(diff|gap|error)|rollout_kl",
+        r"mismatch|probe|log_?prob_(diff|gap|error)|rollout_k",
         "How far the log-probs of the sampling engine and of the trainer are apart for the same "
         "tokens. It should stay near 0; a jump means that they hold different weights.",
     ),
@@ -61,7 +61,7 @@ GROUPS: tuple[PlotGroup, ...] = (
     ),
     PlotGroup(
         "Loss",
-        r"loss|(^|/)value$",
+        r"loss|nll|(^|/)value$",
         "The objective that is minimised. For sampled and truncated objectives its value may be "
         "negative and need not fall; then the distance to the teacher is what to read.",
     ),
@@ -83,7 +83,7 @@ GROUPS: tuple[PlotGroup, ...] = (
     ),
     PlotGroup(
         "Response length",
-        r"length|truncated|finished|repetition",
+        r"length|tokens$|truncated|finished|repetition",
         "Tokens per response, and the share that was cut at the limit. Growth with falling reward "
         "is a warning.",
     ),
@@ -95,6 +95,9 @@ GROUPS: tuple[PlotGroup, ...] = (
     ),
     PlotGroup("Other metrics", r"", "Everything else that was logged."),
 )
+
+# The order on the page; titles that are not named follow in the order above.
+FIRST = ("Accuracy and reward", "Distance to the teacher", "Loss", "Entropy", "Gradient norm")
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ def group_metrics(rows: Sequence[dict[str, Any]]) -> list[tuple[PlotGroup, list[
     for name in names:
         group = next(g for g in GROUPS if re.search(g.pattern, name.lower()))
         found[group.title].append(name)
-    return [(group, found[group.title]) for group in GROUPS if found[group.title]]
+    order = sorted(GROUPS, key=lambda g: FIRST.index(g.title) if g.title in FIRST else len(FIRST))
+    return [(group, found[group.title]) for group in order if found[group.title]]
 
 
 def draw_plots(rows: Sequence[dict[str, Any]]) -> list[Plot]:
@@ -199,9 +203,6 @@ def _inline(svg: str) -> str:
     svg = svg[svg.index("<svg") :].replace(_TEXT, "currentColor")
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
-    return re.sub(
-        r'(<svg[^>]*?)\swidth="[^"]*"',
-        r"\1",
-        re.sub(r'\sheight="\d[^"]*pt"', "", svg, count=1),
-        count=1,
-    )
+    opening, rest = svg.split(">", 1)
+    opening = re.sub(r'\s(width|height|version)="[^"]*"', "", opening)  # the page sets the size
+    return f'{opening} role="img">{rest}'

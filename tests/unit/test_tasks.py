@@ -103,6 +103,7 @@ def test_model_text_is_not_evaluated(name, tmp_path):
         ("so \\boxed{\\frac{1}{2}}", "0.5", 1.0),
         ("The answer is 1/2.", "\\frac{1}{2}", 1.0),
         ("$x = 72$", "72", 1.0),
+        ("so $\\boxed{\\dfrac{1}{2}}$ as wanted.", "1/2", 1.0),
         ("first \\boxed{5}, no: \\boxed{6}", "\\boxed{6}", 1.0),
         ("<think> \\boxed{5} </think> it is $6$", "6", 1.0),
         ("<think> \\boxed{6} </think> it is $5$", "6", 0.0),

@@ -47,10 +47,11 @@ class MathTask:
     def verify(self, response: str, answer: str, meta: Mapping[str, Any]) -> float:
         """1 if the final answer of the response equals `answer`; 0 if it does not, or is late.
 
-        The final answer is what math-verify extracts: the last \\boxed{}, else the last expression
-        after the thinking block.
+        The final answer is the last \\boxed{} after the thinking, else what math-verify finds.
         """
         tail = response.rpartition("</think>")[2][-TAIL_CHARS:]
+        # math-verify joins boxes that stand close together into a set.
+        tail = tail[max(tail.rfind("\\boxed"), 0) :]
         request = json.dumps([answer, tail, max(1, round(self.timeout_s))]).encode() + b"\n"
         with self._lock:
             worker = self._running_worker()
