@@ -15,7 +15,14 @@ from megaopd.errors import EXIT_INTERNAL, EXIT_USER, UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0, 2 for bad input (one message) or 1 for a fault of ours (one traceback)."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    # argparse stops collecting positionals at the first option: overrides may stand anywhere.
+    arguments, rest = parser.parse_known_args(argv)
+    stray = [word for word in rest if word.startswith("-") or "overrides" not in arguments]
+    if stray:
+        parser.error(f"unrecognized arguments: {' '.join(stray)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
     arguments.argv = argv
     try:
         return arguments.command(arguments) or 0
