@@ -13,7 +13,7 @@ from megaopd.errors import EXIT_INTERNAL, EXIT_USER, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0, 2 for bad input (one message) or 1 for a fault of ours (one traceback)."""
+    """Run one command; 0, 2 for bad input (one message), 1 for a fault of ours (a traceback)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     # argparse stops collecting positionals at the first option: overrides may stand anywhere.
@@ -142,7 +142,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
     to_megatron = arguments.way == "hf-to-megatron"
     model = ModelConfig(path=str(arguments.source))
-    dtype = arguments.dtype or (
+    dtype: Any = arguments.dtype or (
         hf_dtype(model.hf_dir) if to_megatron else read_manifest(arguments.source)["dtype"]
     )
     layout = ParallelConfig(tensor=arguments.tp, pipeline=arguments.pp)

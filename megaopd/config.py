@@ -1,7 +1,7 @@
 """Configuration: frozen dataclasses filled from TOML and dotted overrides, strictly.
 
-Importable without torch. Unknown keys, wrong types and impossible combinations are refused with what was
-got, what was expected and how to fix it; the resolved configuration is saved with the run.
+Importable without torch. Unknown keys, wrong types and impossible combinations are refused with
+what was got, what was expected and how to fix it; the resolved configuration is saved with the run.
 """
 
 import dataclasses
@@ -84,7 +84,7 @@ def _user_error(cls: Any, failure: ValidationError) -> UserError:
     if first["type"] == "unexpected_keyword_argument":
         *sections, key = first["loc"]
         for section in sections:
-            cls = typing.get_type_hints(cls)[section]
+            cls = typing.get_type_hints(cls)[str(section)]
         known = [field.name for field in dataclasses.fields(cls)]
         near = difflib.get_close_matches(str(key), known, 1)
         return UserError(

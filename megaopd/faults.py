@@ -1,7 +1,7 @@
 """Planned deaths: kill -9 of this process at a named point of a named step.
 
-Set MEGAOPD_KILL_AT=point:step (for instance optimizer:7) to rehearse a crash. Unset, a point costs one
-comparison. Points: rollout, forward, optimizer, checkpoint-write, checkpoint-renamed.
+Set MEGAOPD_KILL_AT=point:step (for instance optimizer:7) to rehearse a crash. Unset, a point costs
+one comparison. Points: rollout, forward, optimizer, checkpoint-write, checkpoint-renamed.
 """
 
 import os

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from megaopd.errors import EXIT_INTERNAL, EXIT_USER, UserError
 
+
 def under_torchrun() -> bool:
     """Whether this process is a rank already."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -88,4 +89,3 @@ def claim_error() -> bool:
         return os.environ.get("RANK", "0") == "0"
     store = dist.distributed_c10d._get_default_store()
     return store.add("megaopd/errors", 1) == 1
-

@@ -1,7 +1,8 @@
 """Process groups: one grid of tensor, pipeline and data parallel ranks, and who am I in it.
 
-megatron-core takes a ProcessGroupCollection in its models, schedules, DDP and optimizer; a few of its
-functions still read the global parallel_state, so the grid is made there and handed on as a collection.
+megatron-core takes a ProcessGroupCollection in its models, schedules, DDP and optimizer; a few of
+its functions still read the global parallel_state, so the grid is made there and handed on as a
+collection.
 """
 
 import os
@@ -89,6 +90,7 @@ class Grid:
 
 def init_distributed(timeout_minutes: int = 30) -> None:
     """Join the torchrun rendezvous, or make a world of one. Safe to call again."""
+    import torch
     import torch.distributed as dist
 
     platform.install()
@@ -99,7 +101,7 @@ def init_distributed(timeout_minutes: int = 30) -> None:
     os.environ.setdefault("LOCAL_RANK", "0")
     store = None
     if "MASTER_ADDR" not in os.environ:
-        store = dist.HashStore()
+        store = torch._C._distributed_c10d.HashStore()
     dist.init_process_group(
         platform.backend(),
         store=store,

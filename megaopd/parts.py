@@ -47,7 +47,9 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
     teacher_arch = None
     if config.teacher.path:
         check_same_tokenizer(tokenizer, load_tokenizer(config.teacher.hf_dir))
-        teacher_arch = architecture(read_hf_config(config.teacher.hf_dir), where=config.teacher.path)
+        teacher_arch = architecture(
+            read_hf_config(config.teacher.hf_dir), where=config.teacher.path
+        )
         check_layout(teacher_arch, config.parallel, who="teacher")
     prompts = PromptStream(config.data, tokenizer)
     grid = make_grid(config.parallel, seed=config.run.seed + 1234)
@@ -114,7 +116,8 @@ def _held_out(config: Config, tokenizer: Any) -> list[Prompt]:
 def check_run_dir(config: Config, *, has_checkpoints: bool) -> None:
     """Refuse to go on with another run's checkpoints.
 
-    What may change between two starts of one run: its length, its layout, what is saved and reported.
+    What may change between two starts of one run: its length, its layout, what is saved and
+    reported.
     """
     if not has_checkpoints:
         return
@@ -305,6 +308,12 @@ class Parts:
             self.logger.log_event("eval", {"step": step, **self.evaluations[step]})
         self.times = {}
 
+    @property
+    def done(self) -> bool:
+        """Whether an evaluation has reached eval.stop_at."""
+        goal = self.config.eval.stop_at
+        return goal > 0 and any(e.get("accuracy", 0.0) >= goal for e in self.evaluations.values())
+
     def evaluate(self, step: int) -> dict[str, float]:
         """Greedy reward on the held-out prompts; the objective on sampled responses to them."""
         self.sync_weights(version=step)
@@ -324,12 +333,12 @@ class Parts:
         if not self.is_main:
             return
         rows = [
-            dict(
-                prompt=s.prompt.text,
-                response=self.text(s),
-                expected=s.prompt.answer,
-                reward=s.reward,
-            )
+            {
+                "prompt": s.prompt.text,
+                "response": self.text(s),
+                "expected": s.prompt.answer,
+                "reward": s.reward,
+            }
             for s in samples[:count]
         ]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -338,7 +347,8 @@ class Parts:
     def checkpoint(self, step: int) -> None:
         """Save if this step is due; the last one always is."""
         every = self.config.checkpoint.every
-        if step != self.config.run.steps and not (every and step % every == 0):
+        last = step == self.config.run.steps or self.done
+        if not last and not (every and step % every == 0):
             return
         run_state = {
             "prompts": self.prompts.state_dict(),

@@ -1,8 +1,9 @@
 """The one place that knows there may be no GPU.
 
-`install()` is called once per process before anything of megatron-core is imported. On a CUDA machine
-it does nothing. Without a GPU it makes megatron-core run on CPU tensors over gloo by replacing the
-CUDA spellings that megatron-core has in its code; nothing else in this project asks what it runs on.
+`install()` is called once per process before anything of megatron-core is imported. On a CUDA
+machine it does nothing. Without a GPU it makes megatron-core run on CPU tensors over gloo by
+replacing the CUDA spellings that megatron-core has in its code; nothing else in this project asks
+what it runs on.
 """
 
 import contextlib
@@ -62,7 +63,7 @@ def has_apex_wgrad_fusion() -> bool:
 
 
 def install() -> None:
-    """Prepare this process for megatron-core. Safe to call again; a no-op on CUDA but for the device.
+    """Prepare this process for megatron-core. Safe to call again; on CUDA it sets the device.
 
     Without a GPU: torch.cuda calls that megatron-core makes unconditionally answer for the CPU, its
     literal "cuda" devices become "cpu", its RNG tracker uses the CPU generator, and Adam gets the
@@ -177,6 +178,8 @@ def _fused_adam_on_cpu() -> type:
     """
     import torch
 
+    each: Any = torch  # the _foreach functions are not in torch's public stubs
+
     class CpuFusedAdam(torch.optim.Optimizer):
         def __init__(
             self,
@@ -188,13 +191,13 @@ def _fused_adam_on_cpu() -> type:
             adam_w_mode: bool = True,
             bias_correction: bool = True,
         ) -> None:
-            defaults = dict(
-                lr=lr,
-                betas=betas,
-                eps=eps,
-                weight_decay=weight_decay,
-                bias_correction=bias_correction,
-            )
+            defaults = {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "bias_correction": bias_correction,
+            }
             super().__init__(params, defaults)
             self.adam_w_mode = adam_w_mode
 
@@ -213,22 +216,23 @@ def _fused_adam_on_cpu() -> type:
             correct2 = 1 - beta2**step if group["bias_correction"] else 1.0
             for p in params:
                 if not self.state[p]:
-                    self.state[p] = dict(
-                        exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
-                    )
+                    self.state[p] = {
+                        "exp_avg": torch.zeros_like(p),
+                        "exp_avg_sq": torch.zeros_like(p),
+                    }
             mean = [self.state[p]["exp_avg"] for p in params]
             square = [self.state[p]["exp_avg_sq"] for p in params]
             if decay and self.adam_w_mode:
-                torch._foreach_mul_(params, 1 - lr * decay)
+                each._foreach_mul_(params, 1 - lr * decay)
             elif decay:
-                grads = list(torch._foreach_add(grads, params, alpha=decay))
-            torch._foreach_lerp_(mean, grads, 1 - beta1)
-            torch._foreach_mul_(square, beta2)
-            torch._foreach_addcmul_(square, grads, grads, 1 - beta2)
-            denominator = torch._foreach_div(square, correct2)
-            torch._foreach_sqrt_(denominator)
-            torch._foreach_add_(denominator, group["eps"])
-            torch._foreach_addcdiv_(params, mean, denominator, -lr / correct1)
+                grads = list(each._foreach_add(grads, params, alpha=decay))
+            each._foreach_lerp_(mean, grads, 1 - beta1)
+            each._foreach_mul_(square, beta2)
+            each._foreach_addcmul_(square, grads, grads, 1 - beta2)
+            denominator = each._foreach_div(square, correct2)
+            each._foreach_sqrt_(denominator)
+            each._foreach_add_(denominator, group["eps"])
+            each._foreach_addcdiv_(params, mean, denominator, -lr / correct1)
 
     return CpuFusedAdam
 

@@ -1,8 +1,8 @@
 """The whole loop on a toy problem, in one process group: make two models, distil, export, check.
 
-Stages: make random Hugging Face checkpoints -> fine-tune teacher and student (data parallel) -> convert
-both to Megatron -> on-policy distillation (tensor parallel) -> export -> check with plain transformers.
-A stage whose output is there is not run again.
+Stages: make random Hugging Face checkpoints -> fine-tune teacher and student (data parallel) ->
+convert both to Megatron -> on-policy distillation (tensor parallel) -> export -> check with plain
+transformers. A stage whose output is there is not run again.
 """
 
 import json
@@ -21,8 +21,18 @@ from megaopd.schema import Config
 RANKS = 2
 # Qwen3 shapes: a teacher of 99,776 and a student of 25,312 parameters and 18 characters.
 SHAPES = {
-    "teacher": dict(hidden_size=64, intermediate_size=192, num_attention_heads=4, head_dim=16),
-    "student": dict(hidden_size=32, intermediate_size=96, num_attention_heads=4, head_dim=8),
+    "teacher": {
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+    },
+    "student": {
+        "hidden_size": 32,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    },
 }
 NEXT = (
     "bash launch/quickstart.sh --dir runs/fkl objective.loss=fkl   # forward KL instead",
@@ -123,7 +133,7 @@ class Quickstart:
         from megaopd.models.convert import megatron_to_hf
         from megaopd.parallel import make_grid
 
-        saved = Path(config.run.dir) / "checkpoints" / f"step_{config.run.steps:08d}"
+        saved = max((Path(config.run.dir) / "checkpoints").glob("step_????????"))
         model = ModelConfig(path=str(saved), vocab_multiple=config.student.vocab_multiple)
         megatron_to_hf(model, out, make_grid(config.parallel))
 
@@ -173,7 +183,7 @@ def make_checkpoint(name: str, out: Path, seed: int) -> None:
 
     from megaopd.data.tokenizer import char_tokenizer
 
-    tokenizer = char_tokenizer()
+    tokenizer: Any = char_tokenizer()
     shape: Any = SHAPES[name]
     config = Qwen3Config(
         **shape,
@@ -212,7 +222,8 @@ def score_with_transformers(export: Path, config: Config) -> dict[str, float]:
     from megaopd.data.tasks import score
 
     tokenizer = AutoTokenizer.from_pretrained(export, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(export, local_files_only=True).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(export, local_files_only=True)
+    model.eval()
     held_out = replace(config.data, split="test", seed=config.eval.seed)
     prompts = fixed_set(held_out, tokenizer, config.eval.prompts)
     right, by_length = 0.0, {}
@@ -220,9 +231,9 @@ def score_with_transformers(export: Path, config: Config) -> dict[str, float]:
         by_length.setdefault(len(prompt.token_ids), []).append(prompt)
     for group in by_length.values():
         ids = torch.tensor([p.token_ids for p in group])
-        out = model.generate(
-            ids, max_new_tokens=config.rollout.max_new_tokens, do_sample=False
-        )[:, ids.shape[1] :]
+        out = model.generate(ids, max_new_tokens=config.rollout.max_new_tokens, do_sample=False)[
+            :, ids.shape[1] :
+        ]
         for prompt, row in zip(group, out.tolist(), strict=True):
             stop = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else None
             text = tokenizer.decode(row[:stop])

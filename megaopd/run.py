@@ -1,7 +1,7 @@
 """The loop: sync weights -> sample -> verify -> score -> update -> log -> checkpoint.
 
-Every rank runs it; `parts` builds what the loop uses. Supervised fine-tuning is the same loop with the
-data's answers in place of the student's samples.
+Every rank runs it; `parts` builds what the loop uses. Supervised fine-tuning is the same loop with
+the data's answers in place of the student's samples.
 """
 
 from typing import Any
@@ -28,6 +28,8 @@ def train(config: Config) -> dict[str, Any]:
         parts.evaluate_at(parts.first_step)
         with progress("steps", len(steps), enabled=parts.is_main and len(steps) > 0) as advance:
             for step in steps:
+                if parts.done:
+                    break
                 faults.set_step(step + 1)
                 one_step(parts, step)
                 advance(1)

@@ -40,6 +40,7 @@ class EvalConfig:
     every: int = 0  # steps between evaluations; 0: only before the first and after the last step
     prompts: int = 0  # how many held-out prompts; 0 switches evaluation off
     source: str = ""  # like data.source; empty: the test split of data.source
+    stop_at: float = 0.0  # end the run once greedy accuracy reaches this; 0: never
     seed: int = 0  # of the held-out prompts: they stay the same while data.seed changes
 
     def __post_init__(self) -> None:
@@ -69,7 +70,8 @@ class Config:
     def __post_init__(self) -> None:
         if not self.student.path:
             raise UserError(
-                "student.path is not set", expected="the directory of a Hugging Face or Megatron checkpoint"
+                "student.path is not set",
+                expected="the directory of a Hugging Face or Megatron checkpoint",
             )
         if self.objective.needs_teacher and not self.teacher.path:
             raise UserError(

@@ -97,10 +97,15 @@ def architecture(hf_config: dict[str, Any], *, where: str = "config.json") -> Ar
 
 
 def _refuse_unsupported(hf_config: dict[str, Any], family: str, where: str) -> None:
-    needed = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        "rms_norm_eps max_position_embeddings"
-    ).split()
+    needed = [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "rms_norm_eps",
+        "max_position_embeddings",
+    ]
     missing = [key for key in needed if key not in hf_config]
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}", expected=f"a {family} config")
@@ -163,11 +168,13 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
     dtype = getattr(torch, model.dtype)
     recompute: dict[str, Any] = {}
     if model.recompute == "full":
-        recompute = dict(
-            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
-        )
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
     elif model.recompute == "selective":
-        recompute = dict(recompute_granularity="selective")
+        recompute = {"recompute_granularity": "selective"}
     return TransformerConfig(
         num_layers=arch.layers,
         hidden_size=arch.hidden,
@@ -216,7 +223,7 @@ def build_model(
     vocab_rows: int | None = None,
     max_sequence: int | None = None,
 ) -> Any:
-    """This rank's stage of the model, with uninitialised weights (load them with models/convert.py).
+    """This rank's stage of the model, with uninitialised weights (models/convert.py loads them).
 
     Args:
         vocab_rows: padded vocabulary over all tensor ranks; by default the model's own. A teacher
@@ -307,8 +314,8 @@ def _layer_spec(arch: Architecture, config: Any, grid: Grid) -> Any:
 class LocalRMSNorm:
     """torch.nn.RMSNorm that tells Megatron when its gradient must be summed over tensor ranks.
 
-    megatron-core's own wrapper refuses sequence parallel. There each rank's norm sees its part of the
-    sequence only, so finalize_model_grads all-reduces the weights marked `sequence_parallel`.
+    megatron-core's own wrapper refuses sequence parallel. There each rank's norm sees its part of
+    the sequence only, so finalize_model_grads all-reduces the weights marked `sequence_parallel`.
     """
 
     def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:

@@ -1,7 +1,7 @@
 """Whole checkpoints between Hugging Face and Megatron, for any layout.
 
-Each function runs on every rank of a grid (megaopd/launch.py starts the ranks); no rank holds more than
-its shard and one full tensor, and rank 0 of an export one output file.
+Each function runs on every rank of a grid (megaopd/launch.py starts the ranks); no rank holds more
+than its shard and one full tensor, and rank 0 of an export one output file.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,9 +1,9 @@
 """Where every Hugging Face tensor lives in a megatron-core model, and how it is cut.
 
-One table, both ways, for any TP and PP: a rule knows which slices of the Hugging Face tensors make this
-rank's shard, and how the shards of all tensor ranks make the Hugging Face tensors again. mbridge 0.15.1
-was tried for this: it needs its spec, config and name maps overridden per family where Transformer
-Engine is absent, which is more code than the table, and it has no weight stream.
+One table, both ways, for any TP and PP: a rule knows which slices of the Hugging Face tensors make
+this rank's shard, and how the shards of all tensor ranks make the Hugging Face tensors again.
+mbridge 0.15.1 was tried for this: it needs its spec, config and name maps overridden per family
+where Transformer Engine is absent, which is more code than the table, and it has no weight stream.
 
 Shapes: Vp = V/TP rows of the vocabulary; G key/value groups, D head size.
 """
@@ -15,8 +15,8 @@ from typing import Any
 
 from megaopd.models.build import Architecture
 
-# read(name, dim, start, stop, length) -> that slice of the Hugging Face tensor, whose dimension `dim`
-# must have that length; dim None: all of the tensor.
+# read(name, dim, start, stop, length) -> that slice of the Hugging Face tensor, whose dimension
+# `dim` must have that length; dim None: all of the tensor.
 Read = Callable[[str, int | None, int, int, int], Any]
 
 

@@ -1,8 +1,9 @@
 """Megatron checkpoint directories: written whole or not at all, checked when read, for any layout.
 
-The tensors are megatron.core.dist_checkpointing's torch_dist format, which reshards on load. Beside them
-stands manifest.json with a hash of every file. Directories of this kind are the user's own: part of their
-metadata is pickled by torch, so do not load one from a stranger (Hugging Face checkpoints are safetensors).
+The tensors are megatron.core.dist_checkpointing's torch_dist format, which reshards on load. Beside
+them stands manifest.json with a hash of every file. Directories of this kind are the user's own:
+part of their metadata is pickled by torch, so do not load one from a stranger (Hugging Face
+checkpoints are safetensors).
 """
 
 import hashlib
@@ -24,11 +25,13 @@ def save_sharded(
 ) -> None:
     """Write `state` (a sharded state dict) to `directory`; a collective over the world.
 
-    It is written under another name, hashed, fsynced and renamed: a reader finds all of it or nothing.
+    It is written under another name, hashed, fsynced and renamed: a reader finds all of it or
+    nothing.
 
     Args:
         info: JSON-able facts for the manifest (step, layout, architecture).
-        side_files: a Hugging Face directory whose config and tokenizer are copied to `directory`/hf.
+        side_files: a Hugging Face directory whose config and tokenizer are copied to
+        `directory`/hf.
     """
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
@@ -64,7 +67,9 @@ def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
     """Fill a sharded state dict of any layout from `directory`; a collective."""
     from megatron.core import dist_checkpointing
 
-    return dist_checkpointing.load(state, str(directory))
+    loaded = dist_checkpointing.load(state, str(directory))
+    assert isinstance(loaded, dict)
+    return loaded
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Weights between Hugging Face safetensors and a sharded model, one tensor at a time.
 
-`load_hf_weights` reads only this rank's slices. `WeightStream` is the one generator of (Hugging Face
-name, full tensor) that feeds every sink: export, the embedded rollout engine, and rollout servers.
+`load_hf_weights` reads only this rank's slices. `WeightStream` is the one generator of (Hugging
+Face name, full tensor) that feeds every sink: export, the embedded rollout engine, and rollout
+servers.
 """
 
 import json
@@ -87,7 +88,7 @@ class HfReader:
             raise UserError(
                 f"{self.dir}: missing {missing[:3] or 'none'}, unexpected {extra[:3] or 'none'} "
                 f"({len(missing)} and {len(extra)} in all)",
-                expected=f"the {len(wanted)} tensors of a {arch.family} model of {arch.layers} layers",
+                expected=f"{len(wanted)} tensors: a {arch.family} model of {arch.layers} layers",
                 fix="check that config.json belongs to these weights",
             )
 
@@ -135,8 +136,8 @@ def load_hf_weights(
 class WeightStream:
     """Iterates over (Hugging Face name, full tensor) of a sharded model, in a fixed order.
 
-    A collective: every rank iterates it together and gets every tensor. Memory: one full tensor at a
-    time. Communication: each shard is all-gathered over its tensor group and broadcast over its
+    A collective: every rank iterates it together and gets every tensor. Memory: one full tensor at
+    a time. Communication: each shard is all-gathered over its tensor group and broadcast over its
     pipeline group once.
     """
 
@@ -268,7 +269,6 @@ class HfWriter:
         if self.out.is_dir():
             self.out.rmdir()
         self.tmp.rename(self.out)
-
 
     def _say_dtype(self) -> None:
         """config.json names the dtype of the weights as they are."""

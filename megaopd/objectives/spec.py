@@ -14,7 +14,9 @@ class ObjectiveConfig:
 
     # rkl: KL(student || teacher); fkl: KL(teacher || student); sft: -log p(token) without a teacher
     loss: Literal["rkl", "fkl", "sft"] = "rkl"
-    temperature: float = 1.0  # both models' logits are divided by it; the divergence gets its square
+    temperature: float = (
+        1.0  # both models' logits are divided by it; the divergence gets its square
+    )
     loss_agg: Literal[
         "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
     ] = "token-mean"  # how token losses make one number; counted over the whole optimizer step

@@ -1,6 +1,7 @@
 """What every rollout engine does: token ids in, token ids out, with the law that sampled them.
 
-A contract for the embedded engine and for servers alike; tests/engine_conformance.py holds both to it.
+A contract for the embedded engine and for servers alike; tests/engine_conformance.py holds both to
+it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -34,7 +35,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One response to sample. `seed` alone decides its random draws, whatever it is batched with."""
+    """One response to sample. `seed` alone decides its draws, whatever it is batched with."""
 
     prompt: Prompt
     seed: int

@@ -1,11 +1,11 @@
 """The embedded engine: transformers' generate inside a training rank.
 
-Every rank holds a full copy of the student and samples its share of the requests; right for small models
-and for laptops. It is fed by the same weight stream as a server.
+Every rank holds a full copy of the student and samples its share of the requests; right for small
+models and for laptops. It is fed by the same weight stream as a server.
 
-Sampling is by Gumbel-max with one generator per request, so a response depends on its own seed and not
-on what it is batched with, on how many ranks there are, or on what was sampled before.
-Shapes: B batch, P prompt (left-padded), V vocabulary.
+Sampling is by Gumbel-max with one generator per request, so a response depends on its own seed and
+not on what it is batched with, on how many ranks there are, or on what was sampled before. Shapes:
+B batch, P prompt (left-padded), V vocabulary.
 """
 
 from collections.abc import Iterable, Sequence

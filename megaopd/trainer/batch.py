@@ -46,8 +46,8 @@ def make_micro_batches(
 ) -> list[MicroBatch]:
     """Pad all samples of the step, weigh their tokens together, and keep this rank's share.
 
-    The weights are made from every sample of the step, on every rank alike: no communication, and the
-    step's loss and gradient do not depend on how it is cut into ranks and micro-batches.
+    The weights are made from every sample of the step, on every rank alike: no communication, and
+    the step's loss and gradient do not depend on how it is cut into ranks and micro-batches.
 
     A number of samples that does not divide is filled up with masked copies.
 

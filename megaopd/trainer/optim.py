@@ -10,8 +10,8 @@ from megaopd.trainer.config import OptimConfig
 def wrap_ddp(model: Any, config: OptimConfig, grid: Grid) -> Any:
     """Megatron's DistributedDataParallel around this rank's stage, which sums gradients in fp32.
 
-    The model's config must have calculate_per_token_loss set before: DDP reads it here, and then sums
-    over data-parallel ranks instead of averaging.
+    The model's config must have calculate_per_token_loss set before: DDP reads it here, and then
+    sums over data-parallel ranks instead of averaging.
     """
     from megatron.core.distributed import (
         DistributedDataParallel,

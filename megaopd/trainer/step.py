@@ -1,7 +1,7 @@
 """One pass over the micro-batches of a step through Megatron's pipeline schedules.
 
-The loss sits behind the last stage's hidden states: it applies the output layers of student and teacher
-chunk by chunk (losses/fused_head.py) and never holds full logits.
+The loss sits behind the last stage's hidden states: it applies the output layers of student and
+teacher chunk by chunk (losses/fused_head.py) and never holds full logits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -71,7 +71,7 @@ def objective_pass(
     teacher_weight: Any,
     forward_only: bool,
 ) -> dict[str, float]:
-    """Forward (and backward) of the objective over all micro-batches; token means of its statistics.
+    """Forward (and backward) of the objective over all micro-batches; token means of its stats.
 
     Args:
         model: the student stage (wrapped in DDP where gradients are wanted).
@@ -96,14 +96,14 @@ def objective_pass(
     def loss_func(micro: MicroBatch, hidden_t: Any, hidden: Any) -> tuple[Any, Any, Any]:
         import torch
 
-        common: dict[str, Any] = dict(
-            token_weights=micro.weights_T,
-            vocab_size=vocab,
-            group=grid.groups.tp,
-            chunk_size=objective.chunk_size,
-            sequence_parallel=grid.config.sequence,
-            return_stats=True,
-        )
+        common: dict[str, Any] = {
+            "token_weights": micro.weights_T,
+            "vocab_size": vocab,
+            "group": grid.groups.tp,
+            "chunk_size": objective.chunk_size,
+            "sequence_parallel": grid.config.sequence,
+            "return_stats": True,
+        }
         hidden, weight = micro.select(hidden), output_weight()
         if hidden_t is None:
             result = fused_linear_cross_entropy(hidden, weight, micro.labels_T, **common)

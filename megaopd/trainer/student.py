@@ -1,7 +1,6 @@
 """The student: a sharded model with its optimizer and schedule, updated one step at a time."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from megaopd import faults, platform
@@ -110,7 +109,6 @@ class Student:
         """Model, optimizer, schedule and RNG as a sharded state dict for dist_checkpointing."""
         import torch
         from megatron.core.dist_checkpointing.mapping import ShardedObject
-        from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
         model = self.model.sharded_state_dict()
         optimizer = self.optimizer.sharded_state_dict(
@@ -118,7 +116,7 @@ class Student:
             is_loading=loading,
             metadata={"distrib_optim_sharding_type": "fully_reshardable"},
         )
-        rng = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+        rng = {"torch": torch.get_rng_state(), "tracker": rng_tracker().get_states()}
         grid = self.grid
         place = (grid.pp_rank, grid.tp_rank, grid.dp_rank)
         shape = (grid.pp_size, grid.tp_size, grid.dp_size)
@@ -132,11 +130,17 @@ class Student:
     def load_sharded_state(self, state: dict[str, Any]) -> None:
         """Take what `sharded_state` saved; RNG only where the layout is the same."""
         import torch
-        from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if "rng" in state:
             torch.set_rng_state(state["rng"]["torch"])
-            get_cuda_rng_tracker().set_states(state["rng"]["tracker"])
+            rng_tracker().set_states(state["rng"]["tracker"])
+
+
+def rng_tracker() -> Any:
+    """megatron-core's tracker of named RNG streams, which parallel.make_grid seeded."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    return get_cuda_rng_tracker()

@@ -6,7 +6,6 @@ student's vocabulary partition.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from megaopd import platform

@@ -86,7 +86,5 @@ def test_an_error_on_one_rank_of_many_is_said_once(tmp_path, models):
     prompts = tmp_path / "prompts.jsonl"
     lines = [json.dumps({"prompt": f"{i}+1="}) for i in range(15)]
     prompts.write_text("\n".join([*lines, json.dumps({"prompt": "1" * 62})]) + "\n")
-    run = opd_arguments(
-        *models, tmp_path / "run", f"data.source={prompts}", "parallel.tensor=2"
-    )
+    run = opd_arguments(*models, tmp_path / "run", f"data.source={prompts}", "parallel.tensor=2")
     refused(megaopd(*run, "data.shuffle=false"), "at most 64 positions")

@@ -26,7 +26,9 @@ def kill_plan(seed: int) -> list[tuple[str, int]]:
     "layout",
     [
         pytest.param(["parallel.tensor=1"], id="tp1"),
-        pytest.param(["parallel.tensor=2", "parallel.sequence=true"], id="tp2", marks=pytest.mark.slow),
+        pytest.param(
+            ["parallel.tensor=2", "parallel.sequence=true"], id="tp2", marks=pytest.mark.slow
+        ),
         pytest.param(["parallel.pipeline=2"], id="pp2", marks=pytest.mark.slow),
     ],
 )

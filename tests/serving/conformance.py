@@ -1,4 +1,4 @@
-"""What every rollout engine must do. `Conformance` takes an engine and a reference model's directory.
+"""What every rollout engine must do. `Conformance` takes an engine and a reference model.
 
 A subclass gives the fixture `engine`: loaded with the weights of `hf_dir` as version 3.
 """
