@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,32 +28,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.command(arguments) or 0
     except UserError as err:
-        if _speaks():
-            print(f"megaopd: {err}", file=sys.stderr, flush=True)
-        return _leave(EXIT_USER)
+        return _leave(EXIT_USER, f"megaopd: {err}")
     except KeyboardInterrupt:
-        return _leave(130)
+        return _leave(130, "megaopd: interrupted")
     except Exception:
-        if _speaks():
-            rank = os.environ.get("RANK", "0")
-            print(f"megaopd: internal error on rank {rank}", file=sys.stderr)
-            traceback.print_exc()
-        return _leave(EXIT_INTERNAL)
+        rank = os.environ.get("RANK", "0")
+        trace = traceback.format_exc()
+        return _leave(EXIT_INTERNAL, f"megaopd: internal error on rank {rank}\n{trace}")
 
 
-def _speaks() -> bool:
+def _leave(code: int, message: str) -> int:
+    """Say the message once in the whole job, and end this rank.
+
+    At once, without cleaning up, where there are peers: they may be waiting in a collective that this
+    rank will never join. torchrun ends every rank when the first one has gone, so a rank that leaves
+    the word to another one waits for that.
+    """
     from megaopd.launch import claim_error, under_torchrun
 
-    return not under_torchrun() or claim_error()
-
-
-def _leave(code: int) -> int:
-    """End a rank at once: its peers may be waiting in a collective that it will never join."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    alone = not under_torchrun()
+    if alone or claim_error():
+        print(message, file=sys.stderr, flush=True)
+    else:
+        time.sleep(10)
+    if alone or os.environ.get("WORLD_SIZE", "1") == "1":
+        return code
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -90,9 +90,9 @@ class Grid:
 
 def init_distributed(timeout_minutes: int = 30) -> None:
     """Join the torchrun rendezvous, or make a world of one. Safe to call again."""
-    import torch
     import torch.distributed as dist
 
+    c10d: Any = dist  # HashStore is not in its public stubs
     platform.install()
     if dist.is_initialized():
         return
@@ -101,7 +101,7 @@ def init_distributed(timeout_minutes: int = 30) -> None:
     os.environ.setdefault("LOCAL_RANK", "0")
     store = None
     if "MASTER_ADDR" not in os.environ:
-        store = torch._C._distributed_c10d.HashStore()
+        store = c10d.HashStore()
     dist.init_process_group(
         platform.backend(),
         store=store,

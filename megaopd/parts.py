@@ -41,9 +41,9 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
     Raises:
         UserError: any input that does not fit, before weights are loaded.
     """
-    tokenizer = load_tokenizer(config.student.hf_dir)
     arch = architecture(read_hf_config(config.student.hf_dir), where=config.student.path)
     check_layout(arch, config.parallel, who="student")
+    tokenizer = load_tokenizer(config.student.hf_dir)
     teacher_arch = None
     if config.teacher.path:
         check_same_tokenizer(tokenizer, load_tokenizer(config.teacher.hf_dir))

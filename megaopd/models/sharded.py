@@ -9,6 +9,7 @@ checkpoints are safetensors).
 import hashlib
 import json
 import os
+import queue
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def save_sharded(
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
     dist.barrier()
+    _use_local_results_queue()
     dist_checkpointing.save(state, str(tmp))
     faults.point("checkpoint-write")
     if rank == 0 and side_files is not None:
@@ -61,6 +63,19 @@ def save_sharded(
         _fsync(directory.parent)
     faults.point("checkpoint-renamed")
     dist.barrier()
+
+
+def _use_local_results_queue() -> None:
+    """Have megatron-core hand write results over in this process.
+
+    It would start a manager process for that, which only asynchronous saving needs: it costs seconds,
+    and it lives on as an orphan where this process is killed.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    module: Any = filesystem_async
+    if module._results_queue is None:
+        module._results_queue = queue.Queue()
 
 
 def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:

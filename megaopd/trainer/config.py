@@ -15,9 +15,9 @@ class OptimConfig:
     warmup_steps: int = 0  # linear from 0
     decay: Literal["constant", "linear", "cosine"] = "constant"  # after warm-up, until run.steps
     weight_decay: float = 0.0  # decoupled (AdamW)
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-8
+    beta1: float = 0.9  # decay of the gradient's running mean
+    beta2: float = 0.98  # decay of its running square
+    eps: float = 1e-8  # added to the root of the running square
     clip_grad: float = 1.0  # global gradient norm; 0 switches clipping off
     distributed: bool = True  # optimizer state split over data-parallel ranks (ZeRO-1)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from megaopd.quickstart import make_checkpoint
 
 
-def megaopd(*arguments: object, env: dict[str, str] | None = None, timeout: int = 300):
+def megaopd(*arguments: object, env: dict[str, str] | None = None, timeout: int = 120):
     """Run `python -m megaopd ARGUMENTS`; the finished process with its output as text."""
     settings = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):

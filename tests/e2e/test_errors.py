@@ -4,6 +4,7 @@ import json
 import socket
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.e2e.runs import make_models, megaopd, opd_arguments
 
@@ -31,15 +32,16 @@ def test_a_missing_checkpoint(tmp_path, models):
     assert not (tmp_path / "run").exists()
 
 
-def test_weights_that_do_not_fit_their_config(tmp_path, models):
+def test_a_tensor_that_is_missing(tmp_path, models):
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in models[0].iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
-    config = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    tensors = load_file(broken / "model.safetensors")
+    tensors.pop("model.layers.1.input_layernorm.weight")
+    save_file(tensors, broken / "model.safetensors")
     run = opd_arguments(broken, models[1], tmp_path / "run", "parallel.tensor=2")
-    refused(megaopd(*run), "model.layers.2.input_layernorm.weight", "expected:", "fix:")
+    refused(megaopd(*run), "model.layers.1.input_layernorm.weight", "expected:", "fix:")
     assert not (tmp_path / "run").exists()
 
 
