@@ -21,7 +21,7 @@ if [ ! -f "$stamp" ]; then
   fi
   .venv/bin/pip install --quiet --disable-pip-version-check "${index[@]}" -r "$lock"
   # megatron-core declares torch and CUDA packages that must not be moved.
-  .venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r "$no_deps"
+  .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -r "$no_deps"
   .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
   touch "$stamp"
 else

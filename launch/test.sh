@@ -7,8 +7,8 @@ if [ "${1:-}" = --full ]; then select=(); shift; fi
 if [ $# -eq 0 ]; then
   echo ">> ruff"
   ruff check . && ruff format --check .
-  echo ">> pyright"
-  pyright --stats=false megaopd 2>/dev/null || pyright megaopd
+  echo ">> pyright (basedpyright: the same checker, whole in a wheel)"
+  basedpyright megaopd
 fi
 echo ">> pytest"
 exec python -m pytest "${select[@]}" "$@"

@@ -40,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _leave(code: int, message: str) -> int:
     """Say the message once in the whole job, and end this rank.
 
-    At once, without cleaning up, where there are peers: they may be waiting in a collective that this
-    rank will never join. torchrun ends every rank when the first one has gone, so a rank that leaves
-    the word to another one waits for that.
+    At once, without cleaning up, where there are peers: they may be waiting in a collective that
+    this rank will never join. torchrun ends every rank when the first one has gone, so a rank that
+    leaves the word to another one waits for that.
     """
     from megaopd.launch import claim_error, under_torchrun
 

@@ -68,8 +68,8 @@ def save_sharded(
 def _use_local_results_queue() -> None:
     """Have megatron-core hand write results over in this process.
 
-    It would start a manager process for that, which only asynchronous saving needs: it costs seconds,
-    and it lives on as an orphan where this process is killed.
+    It would start a manager process for that, which only asynchronous saving needs: it costs
+    seconds, and it lives on as an orphan where this process is killed.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
