@@ -1,0 +1,44 @@
+"""The main job, whole: two models are made, distillation moves the student, the export is the same."""
+
+import json
+import re
+
+import pytest
+
+from tests.e2e.runs import columns, megaopd
+
+
+@pytest.mark.timeout(1200)
+def test_quickstart(tmp_path):
+    run_dir = tmp_path / "quickstart"
+    first = megaopd("quickstart", "--dir", run_dir, timeout=1000)
+    assert first.returncode == 0, first.stderr
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["accuracy_before"] < 0.5
+    assert summary["accuracy_after"] > summary["accuracy_before"] + 0.2
+    assert summary["kl_after"] < summary["kl_before"] / 3
+    # Plain transformers scores the exported checkpoint on the same prompts.
+    assert summary["transformers_accuracy"] == pytest.approx(summary["accuracy_after"], abs=2e-3)
+    for said in ("greedy accuracy", "KL(student || teacher)", "tokens/s", "report:", "next:"):
+        assert said in first.stdout
+
+    for name in ("metrics.jsonl", "config.toml", "events.jsonl", "samples.jsonl"):
+        assert (run_dir / name).stat().st_size
+    page = (run_dir / "report.html").read_text()
+    assert len(re.findall(r"<svg|<img", page)) >= 4
+    assert not re.search(r"""(src|href)=["']https?:""", page)
+    assert (run_dir / "export" / "model.safetensors").is_file()
+
+    before = columns(run_dir, "step", "loss", "grad_norm")
+    again = megaopd("quickstart", "--dir", run_dir)
+    assert again.returncode == 0, again.stderr
+    assert "is there already" in again.stdout
+    assert columns(run_dir, "step", "loss", "grad_norm") == before
+    assert json.loads((run_dir / "summary.json").read_text())["kl_after"] == summary["kl_after"]
+
+    evaluated = megaopd(
+        "eval", "--config", run_dir / "config.toml", f"student.path={run_dir / 'export'}"
+    )
+    assert evaluated.returncode == 0, evaluated.stderr
+    accuracy = float(re.search(r"accuracy\s+([0-9.]+)", evaluated.stdout)[1])
+    assert accuracy == pytest.approx(summary["accuracy_after"], abs=2e-3)
