@@ -6,7 +6,8 @@ select=(-m "not slow")
 if [ "${1:-}" = --full ]; then select=(); shift; fi
 if [ $# -eq 0 ]; then
   echo ">> ruff"
-  ruff check . && ruff format --check .
+  ruff check .
+  ruff format --check .
   echo ">> pyright (basedpyright: the same checker, whole in a wheel)"
   basedpyright megaopd
 fi

@@ -86,6 +86,6 @@ def claim_error() -> bool:
     import torch.distributed as dist
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return os.environ.get("RANK", "0") == "0"
+        return os.environ.get("LOCAL_RANK", "0") == "0"
     store = dist.distributed_c10d._get_default_store()
     return store.add("megaopd/errors", 1) == 1

@@ -51,6 +51,11 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
             read_hf_config(config.teacher.hf_dir), where=config.teacher.path
         )
         check_layout(teacher_arch, config.parallel, who="teacher")
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {config.student.path} has no end token",
+            expected="eos_token in tokenizer_config.json: responses end with it",
+        )
     prompts = PromptStream(config.data, tokenizer)
     grid = make_grid(config.parallel, seed=config.run.seed + 1234)
     archs = [a for a in (arch, teacher_arch) if a is not None]
@@ -73,10 +78,12 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
         config=config,
         grid=grid,
         tokenizer=tokenizer,
+        eos_ids=eos_ids(config, tokenizer),
         prompts=prompts,
         student=student,
         teacher=teacher,
         engine=_engine(config, tokenizer),
+        training=training,
         held_out=_held_out(config, tokenizer),
     )
     if training:
@@ -89,19 +96,34 @@ def _engine(config: Config, tokenizer: Any) -> RolloutEngine:
 
     return EmbeddedEngine(
         config.student.hf_dir,
-        eos_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
+        eos_ids=eos_ids(config, tokenizer),
+        pad_id=pad_id(tokenizer),
         dtype=getattr(torch, config.student.dtype),
         device=platform.device(),
         batch_size=config.rollout.batch_size,
     )
 
 
+def pad_id(tokenizer: Any) -> int:
+    """The id that fills batches: masked everywhere, so the end token serves where none is set."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def eos_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends a response: the tokenizer's, and those of generation_config.json."""
+    ids = [tokenizer.eos_token_id]
+    path = config.student.hf_dir / "generation_config.json"
+    if path.is_file():
+        named = json.loads(path.read_text()).get("eos_token_id") or []
+        ids += named if isinstance(named, list) else [named]
+    return tuple(dict.fromkeys(ids))
+
+
 def _held_out(config: Config, tokenizer: Any) -> list[Prompt]:
     if not config.eval.prompts:
         return []
     source = config.eval.source or config.data.source
-    data: DataConfig = replace(config.data, source=source, seed=config.eval.seed)
+    data: DataConfig = replace(config.data, source=source, seed=config.eval.seed, num_prompts=0)
     if source.startswith("task:"):
         data = replace(data, split="test")
     elif not config.eval.source:
@@ -157,11 +179,13 @@ class Parts:
     config: Config
     grid: Grid
     tokenizer: Any
+    eos_ids: tuple[int, ...]
     prompts: PromptStream
     student: Student
     teacher: Teacher | None
     engine: RolloutEngine
     held_out: list[Prompt]
+    training: bool = True
     first_step: int = 0
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
@@ -247,7 +271,7 @@ class Parts:
     def text(self, sample: Sample) -> str:
         """The response as text, without the token that ended it."""
         ids = list(sample.response_ids)
-        if ids and ids[-1] == self.tokenizer.eos_token_id:
+        if ids and ids[-1] in self.eos_ids:
             ids.pop()
         return self.tokenizer.decode(ids)
 
@@ -273,7 +297,7 @@ class Parts:
             samples,
             grid=self.grid,
             micro_batch_size=trainer.micro_batch_size,
-            pad_id=self.tokenizer.pad_token_id,
+            pad_id=pad_id(self.tokenizer),
             loss_agg=self.config.objective.loss_agg,
             max_sequence=trainer.max_sequence,
         )
@@ -312,7 +336,8 @@ class Parts:
     def done(self) -> bool:
         """Whether an evaluation has reached eval.stop_at."""
         goal = self.config.eval.stop_at
-        return goal > 0 and any(e.get("accuracy", 0.0) >= goal for e in self.evaluations.values())
+        reached = (e.get("accuracy", 0.0) >= goal for at, e in self.evaluations.items() if at)
+        return goal > 0 and any(reached)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Greedy reward on the held-out prompts; the objective on sampled responses to them."""
@@ -330,7 +355,7 @@ class Parts:
         return result
 
     def _save_samples(self, samples: Sequence[Sample], count: int = 20) -> None:
-        if not self.is_main:
+        if not self.is_main or not self.training:
             return
         rows = [
             {
@@ -359,7 +384,7 @@ class Parts:
     def finish(self) -> dict[str, Any]:
         """Write summary.json from what was measured."""
         seconds = time.monotonic() - self.started
-        summary: dict[str, Any] = {"steps": self.config.run.steps, "seconds": seconds}
+        summary: dict[str, Any] = {"steps": self.checkpoints.steps()[-1], "seconds": seconds}
         if self.evaluations:
             first, last = min(self.evaluations), max(self.evaluations)
             for name in self.evaluations[last]:

@@ -7,6 +7,7 @@ what it runs on.
 """
 
 import contextlib
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -83,6 +84,10 @@ def install() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     # megatron-core warns about every GPU package that is absent; `megaopd doctor` says it once.
     warnings.filterwarnings("ignore", module=r"megatron\.")
+    # Raised inside the mode below on megatron-core's behalf.
+    for text in ("Please use DTensor", "The .grad attribute", ".*reduce_scatter"):
+        warnings.filterwarnings("ignore", message=text)
+    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
     _patch_torch_cuda()
     _patch_rng_tracker()
     _patch_optimizer()

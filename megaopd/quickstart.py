@@ -36,8 +36,8 @@ SHAPES = {
 }
 NEXT = (
     "bash launch/quickstart.sh --dir runs/fkl objective.loss=fkl   # forward KL instead",
-    "bash launch/quickstart.sh --dir runs/long run.steps=600       # distil longer",
-    "megaopd eval --config runs/quickstart/config.toml student.path=runs/quickstart/export",
+    "bash launch/quickstart.sh --dir runs/long run.steps=1400      # distil twice as long",
+    ".venv/bin/megaopd eval --config {dir}/config.toml student.path={dir}/export",
 )
 
 
@@ -217,10 +217,12 @@ def score_with_transformers(export: Path, config: Config) -> dict[str, float]:
     """Greedy accuracy of the exported checkpoint by plain from_pretrained and generate."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     from megaopd.data.prompts import fixed_set
     from megaopd.data.tasks import score
 
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(export, local_files_only=True)
     model: Any = AutoModelForCausalLM.from_pretrained(export, local_files_only=True)
     model.eval()
@@ -253,7 +255,8 @@ def close(
 
     rates = [line["tokens_per_s"] for line in read_metrics(directory)]
     speed = {"tokens_per_s": sorted(rates)[len(rates) // 2]} if rates else {}
-    summary = {**summary, **plain, **speed, "stage_seconds": seconds, "next": list(NEXT)}
+    following = [line.format(dir=directory) for line in NEXT]
+    summary = {**summary, **plain, **speed, "stage_seconds": seconds, "next": following}
     (directory / "summary.json").write_text(json.dumps(summary, indent=1))
     page = write_report(directory, title="megaopd quickstart")
     table = Table("held-out prompts", "before", "after", title="on-policy distillation")
@@ -268,5 +271,5 @@ def close(
     console.print("tokens/s of a whole step (median): " + f"{speed.get('tokens_per_s', 0):,.0f}")
     console.print("seconds: " + "  ".join(f"{k} {v:.0f}" for k, v in seconds.items()))
     console.print(f"report: {page}\nnext:")
-    for line in NEXT:
-        console.print("  " + line, markup=False, highlight=False)
+    for line in following:
+        console.print("  " + line, markup=False, highlight=False, soft_wrap=True)

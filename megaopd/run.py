@@ -44,7 +44,7 @@ def one_step(parts: Parts, step: int) -> None:
         samples = parts.verify(samples)
     else:
         samples = parts.examples()
-    metrics = parts.update(samples)  # the teacher scores inside, micro-batch by micro-batch
+    metrics = parts.update(samples)  # the teacher scores inside, before the student
     parts.log(step + 1, metrics, samples)
     parts.evaluate_at(step + 1)
     parts.checkpoint(step + 1)

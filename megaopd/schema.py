@@ -85,6 +85,12 @@ class Config:
                 expected="no teacher: it would be ignored",
                 fix="remove teacher.path, or set objective.loss=rkl",
             )
+        if self.objective.loss_agg.endswith("norm") and not self.trainer.max_sequence:
+            raise UserError(
+                f"objective.loss_agg = {self.objective.loss_agg} without trainer.max_sequence",
+                expected="a constant length to divide by",
+                fix="set trainer.max_sequence",
+            )
         if self.optim.warmup_steps > self.run.steps:
             raise UserError(
                 f"optim.warmup_steps = {self.optim.warmup_steps} of {self.run.steps} run.steps",

@@ -207,7 +207,7 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         persist_layer_norm=False,
         apply_rope_fusion=platform.use_transformer_engine(),
         gradient_accumulation_fusion=platform.has_apex_wgrad_fusion(),
-        # The token weights hold the step's whole normalisation (objectives/weights.py): Megatron
+        # The token weights hold the step's whole normalisation (losses/reduce.py): Megatron
         # must sum and divide by nothing. DDP reads this when it is built.
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=False,

@@ -28,6 +28,13 @@ def load_weights(
     why = verify(Path(config.path))
     if why:
         raise UserError(why, expected="an intact checkpoint", fix="convert or train it again")
+    saved = read_manifest(Path(config.path)).get("dtype", config.dtype)
+    if saved != config.dtype:
+        raise UserError(
+            f"{config.path} holds {saved} weights, and the model is to be {config.dtype}",
+            expected="the same dtype",
+            fix=f"set dtype={saved}, or convert the Hugging Face checkpoint with --dtype",
+        )
     state = load_sharded({"model": model.sharded_state_dict()}, Path(config.path))
     model.load_state_dict(state["model"])
 
@@ -73,7 +80,7 @@ def _counted(stream: WeightStream, advance: Callable[[int], None]) -> Iterator[t
 
 
 def _megabytes(model: Any) -> int:
-    return max(1, sum(p.numel() * p.element_size() for p in model.parameters()) >> 20)
+    return sum(p.numel() * p.element_size() for p in model.parameters()) >> 20
 
 
 def _in_megabytes(advance: Callable[[int], None]) -> Callable[[int], None]:
@@ -84,6 +91,6 @@ def _in_megabytes(advance: Callable[[int], None]) -> Callable[[int], None]:
         nonlocal waiting
         waiting += size
         advance(waiting >> 20)
-        waiting &= (1 << 20) - 1
+        waiting %= 1 << 20
 
     return add

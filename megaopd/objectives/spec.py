@@ -10,7 +10,7 @@ DIVERGENCES = ("rkl", "fkl")
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The loss of one optimizer step (METHODS: divergence, support, temperature, reduction)."""
+    """The loss of one optimizer step: divergence, temperature and reduction."""
 
     # rkl: KL(student || teacher); fkl: KL(teacher || student); sft: -log p(token) without a teacher
     loss: Literal["rkl", "fkl", "sft"] = "rkl"

@@ -1,6 +1,6 @@
 """What every rollout engine does: token ids in, token ids out, with the law that sampled them.
 
-A contract for the embedded engine and for servers alike; tests/engine_conformance.py holds both to
+A contract for the embedded engine and for servers alike; tests/serving/conformance.py holds both to
 it.
 """
 

@@ -3,9 +3,9 @@
 Every rank holds a full copy of the student and samples its share of the requests; right for small
 models and for laptops. It is fed by the same weight stream as a server.
 
-Sampling is by Gumbel-max with one generator per request, so a response depends on its own seed and
-not on what it is batched with, on how many ranks there are, or on what was sampled before. Shapes:
-B batch, P prompt (left-padded), V vocabulary.
+Sampling is by Gumbel-max with noise that is a hash of the request's seed, so a response depends on
+its own seed and not on what it is batched with, on how many ranks there are, or on what was sampled
+before. Shapes: B batch, P prompt (left-padded), V vocabulary.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,7 +26,7 @@ class EmbeddedEngine:
 
     Args:
         hf_dir: the checkpoint whose config defines the model.
-        eos_id: a response ends with this token, which is part of it.
+        eos_ids: a response ends with any of these tokens, which is part of it.
         pad_id: fills the left of shorter prompts.
         batch_size: most sequences generated together.
     """
@@ -35,7 +35,7 @@ class EmbeddedEngine:
         self,
         hf_dir: str | Path,
         *,
-        eos_id: int,
+        eos_ids: Sequence[int],
         pad_id: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -45,8 +45,8 @@ class EmbeddedEngine:
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self.model = model.to(device).eval().requires_grad_(False)
         self.model.generation_config.pad_token_id = pad_id
-        self.model.generation_config.eos_token_id = eos_id
-        self.eos_id, self.pad_id, self.batch_size = eos_id, pad_id, batch_size
+        self.model.generation_config.eos_token_id = list(eos_ids)
+        self.eos_ids, self.pad_id, self.batch_size = frozenset(eos_ids), pad_id, batch_size
         self.weight_version = -1
         tied = bool(getattr(config, "tie_word_embeddings", False))
         self.parameters = {
@@ -118,8 +118,9 @@ class EmbeddedEngine:
         ]
 
     def _sample(self, request: Request, tokens: list[int], log_probs: list[float]) -> Sample:
-        stopped = self.eos_id in tokens
-        length = tokens.index(self.eos_id) + 1 if stopped else len(tokens)
+        end = next((t for t, token in enumerate(tokens) if token in self.eos_ids), None)
+        stopped = end is not None
+        length = end + 1 if end is not None else len(tokens)
         return Sample(
             prompt=request.prompt,
             response_ids=tuple(tokens[:length]),
@@ -131,7 +132,7 @@ class EmbeddedEngine:
 
 
 class SeededSampler(LogitsProcessor):
-    """Draws each row's next token from its own generator and records its log-prob.
+    """Draws each row's next token with noise of its own seed and records its log-prob.
 
     generate() then only has to follow: the returned scores have one finite entry per row.
     """
@@ -139,7 +140,7 @@ class SeededSampler(LogitsProcessor):
     def __init__(self, seeds: Sequence[int], params: SamplingParams) -> None:
         self.greedy = params.temperature == 0
         self.temperature = 1.0 if self.greedy else params.temperature
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.seeds = torch.tensor(seeds)
         self.warpers: list[Any] = []
         if params.top_k and not self.greedy:
             self.warpers.append(TopKLogitsWarper(params.top_k))
@@ -153,12 +154,41 @@ class SeededSampler(LogitsProcessor):
         for warp in self.warpers:
             logits = warp(input_ids, logits)
         log_probs = logits.log_softmax(-1)
-        chosen = (logits if self.greedy else log_probs + self._gumbel(logits)).argmax(-1, True)
+        noisy = logits
+        if not self.greedy:
+            step = len(self.log_probs)
+            noisy = log_probs + gumbel(self.seeds.to(logits.device), step, logits.shape[1])
+        chosen = noisy.argmax(-1, True)
         self.log_probs.append(log_probs.gather(1, chosen).squeeze(1))
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
-    def _gumbel(self, logits: torch.Tensor) -> torch.Tensor:
-        """[B, V] standard Gumbel noise, row b from generator b: argmax(log p + g) ~ p."""
-        width = logits.shape[1]
-        noise = torch.stack([torch.empty(width).exponential_(generator=g) for g in self.generators])
-        return -noise.clamp_min(torch.finfo(torch.float32).tiny).log().to(logits.device)
+
+def gumbel(seeds: torch.Tensor, step: int, vocab: int) -> torch.Tensor:
+    """[B] int64 seeds -> [B, V] fp64 standard Gumbel noise g: argmax(log p + g) is a sample of p.
+
+    A function of (seed, step, id) alone, computed on the seeds' device: splitmix64 (Steele, Lea and
+    Flood, 2014) of the seed and step makes the row's stream, and again of its position the number.
+    """
+    row = _splitmix64(seeds + _signed(0x9E3779B97F4A7C15 * (step + 1)))
+    ids = torch.arange(1, vocab + 1, device=seeds.device) * _signed(0x9E3779B97F4A7C15)
+    bits = _splitmix64(row[:, None] + ids[None, :])
+    uniform = (_shift(bits, 11).double() + 0.5) / 2.0**53
+    return -(-uniform.log()).log()
+
+
+def _splitmix64(x: torch.Tensor) -> torch.Tensor:
+    """The finaliser of splitmix64 on int64, whose products wrap around."""
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift of int64 (torch's is arithmetic)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(x: int) -> int:
+    """The int64 with the low 64 bits of x."""
+    x &= (1 << 64) - 1
+    return x - (1 << 64) if x >= 1 << 63 else x

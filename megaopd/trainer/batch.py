@@ -68,7 +68,7 @@ def make_micro_batches(
     batch = pad_batch(samples, pad_id=pad_id, multiple_of=grid.tp_size)
     options: dict[str, Any] = {} if loss_agg == "token-mean" else {"num_samples": count}
     if loss_agg == "seq-mean-token-sum-norm":
-        options["max_length"] = max_sequence or batch.tokens.shape[1]
+        options["max_length"] = max_sequence
     weights = loss_weights(batch.loss_mask, loss_agg=loss_agg, **options)
     has_log_probs = all(sample.log_probs is not None for sample in samples)
     share = len(samples) // grid.dp_size

@@ -39,7 +39,7 @@ class TrainerConfig:
     """The batch of one optimizer step."""
 
     micro_batch_size: int = 1  # sequences of one forward pass on one data-parallel rank
-    max_sequence: int = 0  # longest prompt + response; 0: max prompt tokens + max new tokens
+    max_sequence: int = 0  # longest prompt + response; 0: no limit
 
     def __post_init__(self) -> None:
         if self.micro_batch_size < 1:

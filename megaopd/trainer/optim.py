@@ -84,4 +84,8 @@ def make_schedule(optimizer: Any, config: OptimConfig, total_steps: int) -> Any:
         end_wd=config.weight_decay,
         wd_incr_steps=max(total_steps, 1),
         wd_incr_style="constant",
+        # A resumed run keeps its step count and takes the schedule of its configuration, so that a
+        # run can be lengthened.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

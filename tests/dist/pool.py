@@ -73,7 +73,8 @@ class Ranks:
             worker = context.Process(
                 target=_worker, args=(theirs, self._stack_file(rank)), daemon=True
             )
-            worker.start()
+            with _no_gpu():
+                worker.start()
             theirs.close()
             self._workers.append(worker)
             self._pipes.append(ours)
@@ -121,6 +122,20 @@ class Ranks:
             path = Path(self._stack_file(rank))
             parts.append(f"rank {rank}:\n{path.read_text() if path.exists() else '(no stack)'}")
         return "\n".join(parts)
+
+
+@contextlib.contextmanager
+def _no_gpu() -> Any:
+    """Ranks of the pool run on the CPU over gloo, on a GPU machine too."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 def _free_port() -> int:

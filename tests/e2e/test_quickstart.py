@@ -1,4 +1,4 @@
-"""The main job, whole: two models are made, distillation moves the student, the export is the same."""
+"""The main job, whole: two models are made, distillation moves the student, it is exported."""
 
 import json
 import re

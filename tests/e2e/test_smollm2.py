@@ -22,7 +22,7 @@ def smollm2(tmp_path_factory):
 
 
 def continuations(megatron, tensor, pipeline, prompts):
-    """Per prompt the first forward's last-row logits and a greedy continuation, on the last stage."""
+    """Per prompt the first forward's logits and a greedy continuation, on the last stage."""
     import torch.distributed as dist
 
     from megaopd.models.build import architecture, build_model, read_hf_config

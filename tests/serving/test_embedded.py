@@ -15,7 +15,7 @@ class TestEmbedded(Conformance):
     def engine(self, hf_dir: Path, reference: Any) -> EmbeddedEngine:
         engine = EmbeddedEngine(
             hf_dir,
-            eos_id=EOS,
+            eos_ids=[EOS],
             pad_id=0,
             dtype=torch.float32,
             device=torch.device("cpu"),
