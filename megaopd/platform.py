@@ -85,7 +85,7 @@ def install() -> None:
     # megatron-core warns about every GPU package that is absent; `megaopd doctor` says it once.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     # Raised inside the mode below on megatron-core's behalf.
-    for text in ("Please use DTensor", "The .grad attribute", ".*reduce_scatter"):
+    for text in ("Please use DTensor", "The .grad attribute", ".*is deprecated. Please use"):
         warnings.filterwarnings("ignore", message=text)
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
     _patch_torch_cuda()

@@ -1,4 +1,4 @@
-"""The sampling noise: the published generator, the right law, and no correlation between streams."""
+"""The sampling noise: the published generator, the right law, uncorrelated streams."""
 
 import math
 
