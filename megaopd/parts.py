@@ -12,12 +12,12 @@ from typing import Any
 
 from megaopd import config as config_io
 from megaopd import faults, platform
-from megaopd.data.config import DataConfig
-from megaopd.data.prompts import PromptStream, fixed_set
+from megaopd.data.prompts import PromptStream
 from megaopd.data.tasks import score
 from megaopd.data.tokenizer import check_same_tokenizer, load_tokenizer
 from megaopd.data.types import Prompt, Sample
 from megaopd.errors import UserError
+from megaopd.inputs import check_run_dir, eos_ids, held_out, pad_id
 from megaopd.models.build import architecture, check_layout, padded_vocab, read_hf_config
 from megaopd.parallel import Grid, gather_objects, make_grid
 from megaopd.report.metrics import MetricLogger
@@ -84,7 +84,7 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
         teacher=teacher,
         engine=_engine(config, tokenizer),
         training=training,
-        held_out=_held_out(config, tokenizer),
+        held_out=held_out(config, tokenizer),
     )
     if training:
         parts.start()
@@ -102,68 +102,6 @@ def _engine(config: Config, tokenizer: Any) -> RolloutEngine:
         device=platform.device(),
         batch_size=config.rollout.batch_size,
     )
-
-
-def pad_id(tokenizer: Any) -> int:
-    """The id that fills batches: masked everywhere, so the end token serves where none is set."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def eos_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:
-    """Every id that ends a response: the tokenizer's, and those of generation_config.json."""
-    ids = [tokenizer.eos_token_id]
-    path = config.student.hf_dir / "generation_config.json"
-    if path.is_file():
-        named = json.loads(path.read_text()).get("eos_token_id") or []
-        ids += named if isinstance(named, list) else [named]
-    return tuple(dict.fromkeys(ids))
-
-
-def _held_out(config: Config, tokenizer: Any) -> list[Prompt]:
-    if not config.eval.prompts:
-        return []
-    source = config.eval.source or config.data.source
-    data: DataConfig = replace(config.data, source=source, seed=config.eval.seed, num_prompts=0)
-    if source.startswith("task:"):
-        data = replace(data, split="test")
-    elif not config.eval.source:
-        raise UserError(
-            f"eval.prompts = {config.eval.prompts} with the training file {source}",
-            expected="held-out prompts",
-            fix="set eval.source to another file, or eval.prompts=0",
-        )
-    return fixed_set(data, tokenizer, config.eval.prompts)
-
-
-def check_run_dir(config: Config, *, has_checkpoints: bool) -> None:
-    """Refuse to go on with another run's checkpoints.
-
-    What may change between two starts of one run: its length, its layout, what is saved and
-    reported.
-    """
-    if not has_checkpoints:
-        return
-    directory = Path(config.run.dir)
-    if not config.checkpoint.resume:
-        raise UserError(
-            f"{directory} holds checkpoints, and checkpoint.resume = false",
-            expected="an unused run.dir for a new run",
-            fix="choose another run.dir, or set checkpoint.resume=true",
-        )
-    before = config_io.read_toml(directory / "config.toml")
-    changed = []
-    for section, values in config_io.to_dict(config).items():
-        if section in ("parallel", "checkpoint", "report", "eval"):
-            continue
-        for key, value in values.items():
-            if (section, key) != ("run", "steps") and before.get(section, {}).get(key) != value:
-                changed.append(f"{section}.{key}: {before.get(section, {}).get(key)} -> {value}")
-    if changed:
-        raise UserError(
-            f"{directory} holds another run's checkpoints ({'; '.join(changed[:4])})",
-            expected="the configuration that the run was started with",
-            fix="choose another run.dir, or undo the change",
-        )
 
 
 def request_seed(run_seed: int, step: int, prompt: Prompt, index: int) -> int:

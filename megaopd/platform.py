@@ -186,24 +186,9 @@ def _fused_adam_on_cpu() -> type:
     each: Any = torch  # the _foreach functions are not in torch's public stubs
 
     class CpuFusedAdam(torch.optim.Optimizer):
-        def __init__(
-            self,
-            params: Any,
-            lr: float = 1e-3,
-            betas: tuple[float, float] = (0.9, 0.999),
-            eps: float = 1e-8,
-            weight_decay: float = 0.0,
-            adam_w_mode: bool = True,
-            bias_correction: bool = True,
-        ) -> None:
-            defaults = {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "bias_correction": bias_correction,
-            }
-            super().__init__(params, defaults)
+        def __init__(self, params: Any, adam_w_mode: bool = True, **options: Any) -> None:
+            defaults = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+            super().__init__(params, {**defaults, "bias_correction": True, **options})
             self.adam_w_mode = adam_w_mode
 
         @torch.no_grad()

@@ -96,14 +96,7 @@ def objective_pass(
     def loss_func(micro: MicroBatch, hidden_t: Any, hidden: Any) -> tuple[Any, Any, Any]:
         import torch
 
-        common: dict[str, Any] = {
-            "token_weights": micro.weights_T,
-            "vocab_size": vocab,
-            "group": grid.groups.tp,
-            "chunk_size": objective.chunk_size,
-            "sequence_parallel": grid.config.sequence,
-            "return_stats": True,
-        }
+        common = _loss_options(micro, grid, objective, vocab)
         hidden, weight = micro.select(hidden), output_weight()
         if hidden_t is None:
             result = fused_linear_cross_entropy(hidden, weight, micro.labels_T, **common)
@@ -122,6 +115,20 @@ def objective_pass(
 
     sums = run_schedule(model, grid, inputs, forward_step, forward_only=forward_only)
     return _reduce(sums, grid, teacher=teacher_hidden is not None, micro=micro_batches[0])
+
+
+def _loss_options(
+    micro: MicroBatch, grid: Grid, objective: ObjectiveConfig, vocab: int
+) -> dict[str, Any]:
+    """What every fused loss is given."""
+    return {
+        "token_weights": micro.weights_T,
+        "vocab_size": vocab,
+        "group": grid.groups.tp,
+        "chunk_size": objective.chunk_size,
+        "sequence_parallel": grid.config.sequence,
+        "return_stats": True,
+    }
 
 
 def _token_sums(result: Any, micro: MicroBatch) -> Any:

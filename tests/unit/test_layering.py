@@ -12,6 +12,7 @@ LAYERS = [
     ["quickstart", "doctor"],
     ["run"],
     ["parts"],
+    ["inputs"],
     ["schema", "recipes"],
     ["trainer"],
     ["rollout"],
