@@ -157,6 +157,7 @@ def test_same_trajectory_under_every_layout(ranks, checkpoints, reference, name,
     per_rank = ranks.run(trajectory, layout[0], checkpoints[tied], layout)
     assert all(r[0] == per_rank[0][0] for r in per_rank), "ranks report different metrics"
     loss, norm, size = differences(reference(tied), per_rank[0])
+    print(f"{name} tied={tied}: loss {loss:.1e}, gradient norm {norm:.1e}")
     assert loss <= 2e-6 and norm <= 1e-5 and size <= 1e-5, (loss, norm, size)
 
 
@@ -182,6 +183,7 @@ def test_a_planted_fault_is_noticed(ranks, checkpoints, reference, fault, name):
     layout = LAYOUTS[name]
     per_rank = ranks.run(trajectory, layout[0], checkpoints[True], layout, fault=fault)
     _, norm, _ = differences(reference(True), per_rank[0])
+    print(f"{fault}: gradient norm off by {norm:.1e}")
     assert norm > 1e-3, f"{fault}: gradient norm off by {norm} only"
 
 
