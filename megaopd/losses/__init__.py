@@ -1,25 +1,42 @@
 """Token losses on vocabulary-parallel logits. Needs torch only; knows no trainer and no model.
 
-reference.py says what is right, chunk.py how it is computed on shards, dense.py and fused_head.py
-from what (logits, hidden states), reduce.py with which weights tokens are summed.
+What is right is in reference.py; which losses exist, in terms.py and divergences.py. A chunk of
+logits goes through engine.py -> chunk.py (communication) -> blocks.py or kernels/ (all numbers of
+the vocabulary); dense.py and fused_head.py are the entrances for given logits and for hidden
+states. sampled.py, importance.py and sinkhorn.py hold what lives on sampled tokens or whole chunks,
+reduce.py the weights with which tokens are summed. docs/losses.md says which loss to choose.
 """
 
 from megaopd.losses.dense import vocab_parallel_divergence, vocab_parallel_log_prob
 from megaopd.losses.fused_head import (
     FusedLoss,
+    Objective,
+    OutputLayer,
     fused_linear_cross_entropy,
     fused_linear_divergence,
     fused_linear_log_prob,
+    fused_linear_objectives,
 )
 from megaopd.losses.reduce import LOSS_AGG, loss_weights
+from megaopd.losses.terms import CrossEntropy, Divergence, Entropy, Sampled, Target
+from megaopd.losses.topk import vocab_parallel_topk
 
 __all__ = [
     "LOSS_AGG",
+    "CrossEntropy",
+    "Divergence",
+    "Entropy",
     "FusedLoss",
+    "Objective",
+    "OutputLayer",
+    "Sampled",
+    "Target",
     "fused_linear_cross_entropy",
     "fused_linear_divergence",
     "fused_linear_log_prob",
+    "fused_linear_objectives",
     "loss_weights",
     "vocab_parallel_divergence",
     "vocab_parallel_log_prob",
+    "vocab_parallel_topk",
 ]

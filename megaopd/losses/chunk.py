@@ -1,289 +1,273 @@
-"""One chunk of vocabulary-sharded logits: statistics -> loss -> d loss / d logits.
+"""One chunk of vocabulary-sharded logits: statistics -> losses -> d loss / d logits.
 
 Used by dense.py (logits are given) and by fused_head.py (logits are made chunk by chunk), so there
-is one place where a loss is defined. With s, t the scaled student and teacher logits, m their
-maximum:
+is one place where a loss becomes numbers. All C x Vp work is in blocks.py; here are the rounds of
+communication between those passes, and the algebra on a few numbers a token:
 
-    Z_s = sum e^(s-m_s)                     Z_t = sum e^(t-m_t)
-    d_s = sum e^(s-m_s) [(s-m_s)-(t-m_t)]   rkl = d_s/Z_s - log Z_s + log Z_t
-    d_t = sum e^(t-m_t) [(t-m_t)-(s-m_s)]   fkl = d_t/Z_t - log Z_t + log Z_s
-    a_s = sum e^(s-m_s) (s-m_s)             entropy of p = log Z_s - a_s/Z_s    (a_t likewise)
-    y_s = s[label] - m_s                    log p(label) = y_s - log Z_s        (y_t likewise)
+    0  one all-gather      only with a top-k list: its ids and both models' logits; the listed
+                           tokens are then taken out of the logits, so that what is left is the tail
+    1  one packed MAX      the offsets of both laws
+       one packed SUM      z_s, z_t and the moments that the terms and statistics ask for
+    2  one packed SUM      only for mixtures and general f: the values and sum of G
 
-The combined differences d_s, d_t keep the digits that two separate cross-entropies lose. All sums
-of a chunk travel in one SUM collective, both maxima in one MAX: 4 bytes a token and scalar (rkl
-with statistics: 2 + 7 of them, 36 B/token in fp32). The gradient needs no communication.
+With everything relative to the offsets m, and d_s = sum e^(s-m_s) (s-t), d_t likewise:
 
-A new loss is a new entry in DIVERGENCES. Shapes: C rows, Vp local ids (padding already sliced off).
+    rkl = d_s/z_s - (m_s - m_t) - log(z_s/z_t)      H(p) = m_s + log z_s - a_s/z_s
+    fkl = d_t/z_t + (m_s - m_t) + log(z_s/z_t)      log p(y) = s[y] - m_s - log z_s
+
+s - t is never split into two logarithms, which keeps the digits of a small divergence. 4 bytes a
+token and scalar in fp32: rkl costs MAX 2 + SUM 3, 20 B. The gradient needs no communication.
+
+Shapes: C rows, Vp local ids (padding already sliced off), K entries of the list.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from megaopd.errors import UserError
-from megaopd.losses.vocab_parallel import Shard, all_reduce_max_, all_reduce_sum_
+from megaopd.losses.blocks import Blocks, Coefs, Norm
+from megaopd.losses.divergences import KINDS
+from megaopd.losses.evaluate import Contributions, Evaluation, Labels, evaluate_terms
+from megaopd.losses.lists import head_laws
+from megaopd.losses.native import NativeBlocks, make_blocks
+from megaopd.losses.plan import Plan
+from megaopd.losses.topk import Head, contains, global_lists, take_out_
+from megaopd.losses.vocab_parallel import all_reduce_max_, all_reduce_sum_
 
 Moments = dict[str, Tensor]  # name -> [C]
 
-# A chunk is worked on in blocks of rows, so that the temporaries (some five of a block's size) stay
-# small next to the chunk's logits: within a CPU's cache, and large enough to fill a GPU.
-BLOCK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 23}
-DEFAULT_CHUNK = 1024
 
-STATS = ("student_log_prob", "teacher_log_prob", "student_entropy", "teacher_entropy")
+@dataclass
+class ChunkLoss:
+    """values [terms, C] and stats (name -> [C]) are complete; dz = grad * scale[:, None].
 
-
-@dataclass(frozen=True)
-class Kind:
-    """One loss: the sums it needs, its value from them, and its gradient on a block of rows."""
-
-    moments: tuple[str, ...]
-    value: Callable[[Moments], Tensor]
-    # (s, t, moments, scale_C) of a block -> overwrites s with scale * d value / d s
-    gradient_: Callable[[Tensor, Tensor | None, Moments, Tensor], None]
-    uses_teacher: bool = True
-    uses_labels: bool = False
-    # temperature^2 keeps the size of a divergence's gradient; a log-prob must stay one.
-    tau_squared: bool = True
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to compute on each chunk. Static: the same for every chunk and on every rank."""
-
-    kind: Kind
-    shard: Shard
-    temperature: float = 1.0
-    softcap: float | None = None
-    stats: tuple[str, ...] = ()
-    chunk_size: int = DEFAULT_CHUNK
-
-    @property
-    def moment_names(self) -> tuple[str, ...]:
-        """The rows of the SUM collective: what the loss needs, then what the statistics need."""
-        names = dict.fromkeys(self.kind.moments)
-        for stat in self.stats:
-            names.update(dict.fromkeys(_STAT_MOMENTS[stat]))
-        return tuple(names)
-
-    @property
-    def needs_teacher(self) -> bool:
-        return any(name.endswith("_t") for name in self.moment_names)
-
-    def loss_of(self, moments: Moments) -> Tensor:
-        """Per-token loss [C], temperature factor included."""
-        value = self.kind.value(moments)
-        return value * self.temperature**2 if self.kind.tau_squared else value
-
-
-def scale_logits_(logits_CVp: Tensor, plan: Plan) -> Tensor:
-    """In place: soft-cap c*tanh(z/c), then 1/temperature. Both models get the same treatment."""
-    if plan.softcap is not None:
-        logits_CVp.div_(plan.softcap).tanh_().mul_(plan.softcap)
-    return logits_CVp if plan.temperature == 1.0 else logits_CVp.div_(plan.temperature)
-
-
-def chunk_moments(s: Tensor, t: Tensor | None, labels: Tensor | None, plan: Plan) -> Moments:
-    """All scalars of a chunk, complete on every rank: one MAX and one SUM collective.
-
-    s, t [C, Vp] are read only. Returns m_s (and m_t) and plan.moment_names, each [C].
+    The token weights are in scale or in grad already; scale None is 1.
     """
-    pair = {"m_s": s} if t is None else {"m_s": s, "m_t": t}
-    maxima = torch.stack([_row_max(x) for x in pair.values()])
-    moments: Moments = dict(zip(pair, all_reduce_max_(maxima, plan.shard.group), strict=True))
-    names = plan.moment_names
-    sums = s.new_empty(len(names), s.shape[0])
-    for rows in _row_blocks(s):
-        block = _block_sums(s, t, moments, names, rows)
-        for i, name in enumerate(names):
-            if name in block:
-                sums[i, rows] = block[name]
-    for i, name in enumerate(names):
-        if name in ("y_s", "y_t"):
-            assert labels is not None
-            mask, value = plan.shard.gather_owned(s if name == "y_s" else _need(t), labels)
-            sums[i] = torch.where(mask, value - moments["m" + name[1:]], 0.0)
-    moments.update(zip(names, all_reduce_sum_(sums, plan.shard.group), strict=True))
-    return moments
+
+    values: Tensor
+    stats: dict[str, Tensor]
+    grad: Tensor | None = None
+    scale: Tensor | None = None
 
 
-def chunk_gradient_(
-    s: Tensor, t: Tensor | None, labels: Tensor | None, moments: Moments, coef: Tensor, plan: Plan
-) -> None:
-    """Overwrites s [C, Vp] with coef_C * d loss / d logits (before scale_logits_). Local."""
-    tau = plan.temperature
-    scale = coef * (tau if plan.kind.tau_squared else 1.0 / tau)
-    owned = plan.shard.owned(labels) if plan.kind.uses_labels and labels is not None else None
-    for rows in _row_blocks(s):
-        block = s[rows]
-        slope = None
-        if plan.softcap is not None:
-            slope = (block * (tau / plan.softcap)).square_().neg_().add_(1.0)
-        local = {name: value[rows] for name, value in moments.items()}
-        plan.kind.gradient_(block, None if t is None else t[rows], local, scale[rows])
-        if owned is not None and plan.shard.valid:
-            mask, column = owned
-            hit = torch.where(mask[rows], -scale[rows], 0.0)
-            block.scatter_add_(1, column[rows][:, None], hit[:, None])
-        if slope is not None:
-            block.mul_(slope)
+@dataclass
+class Batch:
+    """What comes with the tokens of a chunk: labels [C], per-token inputs by name, [C] each."""
+
+    labels: Tensor | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def chunk_stats(moments: Moments, plan: Plan) -> Tensor:
-    """[len(plan.stats), C], in the order of plan.stats; temperature included, no temperature^2."""
-    rows = []
-    for stat in plan.stats:
-        log_z = moments["z_" + stat[0]].log()
-        if stat.endswith("entropy"):
-            rows.append(log_z - moments["a_" + stat[0]] / moments["z_" + stat[0]])
-        else:
-            rows.append(moments["y_" + stat[0]] - log_z)
-    return torch.stack(rows) if rows else moments["m_s"].new_empty(0, *moments["m_s"].shape)
+def run_chunk(
+    plan: Plan, s: Tensor, t: Tensor | None, batch: Batch, weights: Tensor, want_grad: bool
+) -> ChunkLoss:
+    """The terms of `plan` on scaled logits s, t [C, Vp], which are overwritten.
+
+    weights [terms, C]: token weight x coefficient of each term; they scale the gradient only.
+    """
+    labels = _local_labels(plan, s, t, batch.labels)
+    head, teacher_list = _take_head(plan, s, t, batch.labels)
+    tops = None if head is None else [head.s.amax(1), head.t.amax(1)]
+    if tops is not None and labels is not None:  # a label in the list's front is filled in later
+        tops = [torch.maximum(*pair) for pair in zip(tops, (labels.s, labels.t), strict=True)]
+    blocks = make_blocks(plan, s, t, want_grad, tops)
+    norm, moments, tail = _moments(plan, blocks, labels, head)
+    unit = len(plan.terms) == 1
+    factors = weights.new_ones(1, s.shape[0]) if unit else weights * plan.factors(weights)
+    facts = Evaluation(norm, moments, tail, labels, head, teacher_list, batch.inputs)
+    values, coefs, extra = evaluate_terms(plan, facts, factors)
+    if coefs.parts:
+        _general(plan, blocks, norm, coefs, head, values)
+    out = ChunkLoss(values * plan.tau_squared(values), facts.stats(plan))
+    if want_grad:
+        out.grad, scale = blocks.gradient(norm, coefs)
+        _add_lists_(out.grad, scale, plan, facts, coefs, extra)
+        if unit:
+            weight = weights[0] * plan.factors(weights)[0]
+            scale = weight if scale is None else scale * weight
+        out.scale = scale
+    return out
 
 
-def choose_stats(wanted: bool, has_teacher: bool, has_labels: bool) -> tuple[str, ...]:
-    """Log-probs need labels, and the teacher's rows a teacher."""
-    return tuple(
-        stat
-        for stat in STATS
-        if wanted
-        and (has_teacher or stat.startswith("student"))
-        and (has_labels or stat.endswith("entropy"))
+def _local_labels(plan: Plan, s: Tensor, t: Tensor | None, ids: Tensor | None) -> Labels | None:
+    """The labels' logits where this rank owns them, 0 elsewhere: the packed SUM completes them."""
+    if ids is None or not plan.uses_labels:
+        return None
+    owned, column = plan.shard.owned(ids)
+    laws = [s] if t is None else [s, t]
+    y = [torch.where(owned, plan.scaled(plan.shard.gather_owned(x, ids)[1]), 0.0) for x in laws]
+    return Labels(ids, owned, column, y[0], y[-1])
+
+
+def _take_head(
+    plan: Plan, s: Tensor, t: Tensor | None, labels: Tensor | None
+) -> tuple[Head | None, Tensor | None]:
+    """The list that the terms need, taken out of s and t; the teacher's ids too if asked for."""
+    need = plan.lists
+    if need is None or t is None:
+        return None, None
+    both = need.intersect or (plan.stats and need.k > 0)
+    student = need.source == "student"
+    found = global_lists(
+        s, t, need.k, plan.shard, student=student or both, teacher=not student or both
     )
-
-
-def divergence_kind(kind: str, support: str) -> Kind:
-    """The registry's entry, or a UserError that lists what exists."""
-    if support != "full":
-        raise UserError(f"support={support!r}", expected="'full'", fix="use support='full'")
-    if kind not in DIVERGENCES:
-        raise UserError(
-            f"kind={kind!r}",
-            expected="one of " + ", ".join(map(repr, DIVERGENCES)),
-            fix="'rkl' is KL(student||teacher), 'fkl' is KL(teacher||student)",
+    by_name = dict(
+        zip(
+            [n for n, w in (("s", student or both), ("t", not student or both)) if w],
+            found,
+            strict=True,
         )
-    return DIVERGENCES[kind]
+    )
+    ids, s_k, t_k = by_name["s" if student else "t"]
+    teacher_ids = by_name["t"][0] if "t" in by_name else None
+    if need.label_first and labels is not None:
+        ids, s_k, t_k = _label_first(ids, s_k, t_k, labels)
+    member = torch.ones_like(ids, dtype=torch.bool)
+    if need.intersect:
+        assert teacher_ids is not None
+        member = contains(teacher_ids, ids)
+    take_out_(s, t, ids, plan.shard)
+    return Head(ids, plan.scaled(s_k), plan.scaled(t_k), member), teacher_ids
 
 
-def make_plan(
-    kind: Kind,
-    shard: Shard,
-    *,
-    temperature: float,
-    softcap: float | None = None,
-    stats: tuple[str, ...] = (),
-    chunk_size: int | None = None,
-) -> Plan:
-    """Checks the scalars that users set."""
-    for name, value in (("temperature", temperature), ("softcap", softcap)):
-        if value is not None and not value > 0:
-            raise UserError(f"{name}={value}", expected="a number > 0", fix=f"set {name} > 0")
-    chunk_size = DEFAULT_CHUNK if chunk_size is None else chunk_size
-    if chunk_size < 1:
-        raise UserError(f"chunk_size={chunk_size}", expected="at least 1", fix="try 1024")
-    return Plan(kind, shard, temperature, softcap, stats, chunk_size)
+def _label_first(
+    ids: Tensor, s: Tensor, t: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The list with the label in front, and without it or else without the last entry behind.
 
-
-def _need(t: Tensor | None) -> Tensor:
-    assert t is not None, "this loss needs teacher logits"
-    return t
-
-
-def _row_max(x: Tensor) -> Tensor:
-    if x.shape[1] == 0:  # a shard that holds nothing but padding
-        return x.new_full(x.shape[:1], -torch.inf)
-    return x.amax(1)
-
-
-def _row_blocks(x: Tensor) -> Iterator[slice]:
-    step = max(1, BLOCK_ELEMENTS[x.device.type] // max(1, x.shape[1]))
-    for a in range(0, x.shape[0], step):
-        yield slice(a, min(a + step, x.shape[0]))
-
-
-def _weighted(e: Tensor, d: Tensor) -> Tensor:
-    """e * d where 0 * inf is 0: a token of probability zero contributes nothing.
-
-    A NaN among the logits is not hidden: it is in Z as well, and every result is divided by Z.
+    The label's logits (column 0) are filled in later, from the packed SUM.
     """
-    return (e * d).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    hit = ids == labels[:, None]
+    drop = torch.where(hit.any(1), hit.to(torch.int8).argmax(1), ids.shape[1] - 1)
+    place = torch.arange(ids.shape[1] - 1, device=ids.device)
+    place = place + (place >= drop[:, None])
+    rest = [x.gather(1, place) for x in (ids, s, t)]
+    first = [labels[:, None], torch.zeros_like(s[:, :1]), torch.zeros_like(t[:, :1])]
+    return tuple(torch.cat(pair, 1) for pair in zip(first, rest, strict=True))  # pyright: ignore
 
 
-def _block_sums(
-    s: Tensor, t: Tensor | None, moments: Moments, names: tuple[str, ...], rows: slice
-) -> Moments:
-    x = s[rows] - moments["m_s"][rows, None]
-    e_s = x.exp()
-    sums = {"z_s": e_s.sum(1)}
-    if "a_s" in names:
-        sums["a_s"] = _weighted(e_s, x).sum(1)
-    if t is None:
-        return sums
-    y = t[rows] - moments["m_t"][rows, None]
-    e_t = y.exp()
-    sums["z_t"] = e_t.sum(1)
-    if "a_t" in names:
-        sums["a_t"] = _weighted(e_t, y).sum(1)
-    d = x.sub_(y)
-    if "d_s" in names:
-        sums["d_s"] = _weighted(e_s, d).sum(1)
-    if "d_t" in names:
-        sums["d_t"] = -_weighted(e_t, d).sum(1)
-    return sums
+def _moments(
+    plan: Plan, blocks: Blocks | NativeBlocks, labels: Labels | None, head: Head | None
+) -> tuple[Norm, Moments, Moments]:
+    """Round 1. (norm, moments over the vocabulary, moments without the head), on every rank."""
+    names = plan.moments
+    if not names:
+        assert head is not None
+        zero = torch.zeros_like(head.s[:, 0])
+        return Norm(head.s.amax(1), zero, head.t.amax(1), zero), {}, {}
+    local = blocks.moments(names)
+    group = plan.shard.group
+    m = all_reduce_max_(blocks.offsets.clone(), group)
+    _rescale_(local, names, blocks.offsets - m)
+    ends = [] if labels is None else [labels.s, labels.t][: blocks.offsets.shape[0]]
+    packed = all_reduce_sum_(torch.cat([local, torch.stack(ends)]) if ends else local, group)
+    if labels is not None:
+        labels.s, labels.t = packed[len(names)], packed[-1]
+    tail = dict(zip(names, packed, strict=False))
+    moments = tail
+    if head is not None:
+        moments, tail, m = _with_head(plan, head, labels, packed[: len(names)], m)
+    laws = [_split(m[i], moments[z]) for i, z in enumerate(("z_s", "z_t")) if z in moments]
+    return Norm(*laws[0], *laws[-1]), moments, tail
 
 
-def _rkl(m: Moments) -> Tensor:
-    return m["d_s"] / m["z_s"] - m["z_s"].log() + m["z_t"].log()
+def _split(m: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """logsumexp = m + log z as a rounded part and the (tiny) rest, made in fp64.
+
+    Then s minus the first is exact for the likely tokens, and probabilities sum to 1 to the last
+    bit: a gradient g - E[g] would otherwise be off by E[g] times the defect.
+    """
+    exact = m.double() + z.double().log()
+    rounded = exact.to(m.dtype)
+    return rounded, (exact - rounded).to(m.dtype)
 
 
-def _rkl_gradient_(s: Tensor, t: Tensor | None, m: Moments, scale: Tensor) -> None:
-    # p (rho - rkl), and rho - rkl = (s-m_s) - (t-m_t) - d_s/Z_s: the normalisers cancel.
-    s.sub_(m["m_s"][:, None])
-    d = s - _need(t)
-    d.add_((m["m_t"] - m["d_s"] / m["z_s"])[:, None])
-    torch.mul(s.exp_(), d, out=s)
-    s.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
-    s.mul_((scale / m["z_s"])[:, None])
+def _rescale_(sums: Tensor, names: tuple[str, ...], shift: Tensor) -> None:
+    """In place: sums relative to an offset -> relative to a larger one; shift [laws, C] <= 0.
+
+    A shard without ids has offset -inf and sums 0: its factor is 0.
+    """
+    factor = shift.exp()
+    for i, name in enumerate(names):
+        f = factor[0 if name.endswith("_s") else -1]
+        sums[i] *= f * f if name in ("q_s", "r_s") else f
 
 
-def _fkl(m: Moments) -> Tensor:
-    return m["d_t"] / m["z_t"] - m["z_t"].log() + m["z_s"].log()
+def _with_head(
+    plan: Plan, head: Head, labels: Labels | None, sums: Tensor, m: Tensor
+) -> tuple[Moments, Moments, Tensor]:
+    """Adds the listed tokens to the moments of the rest; offsets grow to cover them."""
+    if plan.lists is not None and plan.lists.label_first and labels is not None:
+        head.s[:, 0], head.t[:, 0] = labels.s, labels.t
+    top = torch.maximum(m, torch.stack([head.s.amax(1), head.t.amax(1)]))
+    _rescale_(sums, plan.moments, m - top)
+    e_s, e_t = (head.s - top[0][:, None]).exp(), (head.t - top[1][:, None]).exp()
+    d = head.s - head.t
+    terms = {
+        "z_s": e_s, "z_t": e_t, "d_s": e_s * d, "d_t": -e_t * d, "a_s": e_s * head.s,
+        "a_t": e_t * head.t, "q_s": e_s * e_s, "r_s": e_s * e_s * d,
+    }  # fmt: skip
+    tail = dict(zip(plan.moments, sums, strict=True))
+    return {name: tail[name] + terms[name].sum(1) for name in plan.moments}, tail, top
 
 
-def _fkl_gradient_(s: Tensor, t: Tensor | None, m: Moments, scale: Tensor) -> None:
-    q = (_need(t) - m["m_t"][:, None]).exp_().mul_((scale / m["z_t"])[:, None])
-    s.sub_(m["m_s"][:, None]).exp_().mul_((scale / m["z_s"])[:, None]).sub_(q)
+def _general(
+    plan: Plan,
+    blocks: Blocks | NativeBlocks,
+    norm: Norm,
+    coefs: Coefs,
+    head: Head | None,
+    values: Tensor,
+) -> None:
+    """Round 2: the values of general f-divergences, and their part of the gradient's p_coef."""
+    sums = all_reduce_sum_(blocks.divergence_sums(norm, coefs), plan.shard.group)
+    if head is not None:
+        laws = head_laws(head, norm)
+        for i, (kind, parameter, coef) in enumerate(coefs.parts):
+            term, g = KINDS[kind].pair(laws, parameter)
+            sums[i] += term.sum(1).to(sums.dtype)
+            sums[-1] += coef * g.sum(1).to(sums.dtype)
+    for row, value in zip(plan.general_rows, sums, strict=False):
+        values[row] = value
+    coefs.p = coefs.p - sums[-1]
 
 
-def _cross_entropy(m: Moments) -> Tensor:
-    return m["z_s"].log() - m["y_s"]
-
-
-def _cross_entropy_gradient_(s: Tensor, t: Tensor | None, m: Moments, scale: Tensor) -> None:
-    # p only; chunk_gradient_ subtracts the one-hot on the rank that owns the label.
-    s.sub_(m["m_s"][:, None]).exp_().mul_((scale / m["z_s"])[:, None])
-
-
-_STAT_MOMENTS = {
-    "student_log_prob": ("z_s", "y_s"),
-    "teacher_log_prob": ("z_t", "y_t"),
-    "student_entropy": ("z_s", "a_s"),
-    "teacher_entropy": ("z_t", "a_t"),
-}
-
-DIVERGENCES: dict[str, Kind] = {
-    "rkl": Kind(("z_s", "z_t", "d_s"), _rkl, _rkl_gradient_),
-    "fkl": Kind(("z_s", "z_t", "d_t"), _fkl, _fkl_gradient_),
-}
-
-CROSS_ENTROPY = Kind(
-    ("z_s", "y_s"),
-    _cross_entropy,
-    _cross_entropy_gradient_,
-    uses_teacher=False,
-    uses_labels=True,
-    tau_squared=False,
-)
+def _add_lists_(
+    grad: Tensor,
+    scale: Tensor | None,
+    plan: Plan,
+    facts: Evaluation,
+    coefs: Coefs,
+    extra: Contributions,
+) -> None:
+    """Adds the gradient at listed tokens and at labels, on the rank that owns them."""
+    if plan.shard.valid == 0:
+        return
+    inverse = None if scale is None else 1.0 / scale
+    head = facts.head
+    if head is not None:
+        laws = head_laws(head, facts.norm)
+        dz = laws.p * coefs.p[:, None]
+        if coefs.pd is not None:
+            dz = dz + laws.p * (head.s - head.t) * coefs.pd[:, None]
+        if coefs.px is not None:
+            dz = dz + laws.p * laws.x * coefs.px[:, None]
+        if coefs.q is not None:
+            dz = dz + laws.q * coefs.q[:, None]
+        for kind, parameter, coef in coefs.parts:
+            dz = dz + KINDS[kind].pair(laws, parameter)[1] * coef[:, None]
+        for part in extra.head:
+            dz = dz + part
+        owned, column = plan.shard.owned(head.ids)
+        slope = plan.slope(head.s)
+        dz = dz if slope is None else dz * slope
+        dz = (dz if inverse is None else dz * inverse[:, None]).to(grad.dtype)
+        grad.scatter_add_(1, column, torch.where(owned, dz, 0.0))
+    labels = facts.labels
+    if extra.label is not None and labels is not None:
+        slope = plan.slope(labels.s)
+        dy = extra.label if slope is None else extra.label * slope
+        dy = (dy if inverse is None else dy * inverse).to(grad.dtype)
+        grad.scatter_add_(1, labels.column[:, None], torch.where(labels.owned, dy, 0.0)[:, None])

@@ -1,7 +1,8 @@
 """Losses on vocabulary-sharded logits that the caller holds.
 
-For training prefer fused_head.py, which never holds the logits of all tokens. The gradient is
-recomputed from the logits in backward, chunk by chunk, and communicates nothing.
+For training prefer fused_head.py, which never holds the logits of all tokens. The gradient per unit
+of upstream is made in forward, chunk by chunk, kept in the logits' dtype, and multiplied by the
+upstream in backward, which communicates nothing.
 
 Shapes: T tokens, Vp = V/TP local ids.
 """
@@ -12,18 +13,12 @@ import torch
 from torch import Tensor
 
 from megaopd.errors import UserError
-from megaopd.losses.chunk import (
-    CROSS_ENTROPY,
-    Plan,
-    choose_stats,
-    chunk_gradient_,
-    chunk_moments,
-    chunk_stats,
-    divergence_kind,
-    make_plan,
-    scale_logits_,
-)
+from megaopd.losses.chunk import Batch
+from megaopd.losses.engine import Engine, make_engine
+from megaopd.losses.terms import CrossEntropy, Target, Term, divergence_term
 from megaopd.losses.vocab_parallel import Group, Shard
+
+FLOOR = -1e15  # what a logit of -inf is read as: probability 0, and no inf - inf
 
 
 def vocab_parallel_divergence(
@@ -31,12 +26,14 @@ def vocab_parallel_divergence(
     teacher_logits_TVp: Tensor,
     *,
     kind: str,
-    support: str = "full",
+    support: str | None = None,
     k: int | None = None,
     variant: str | None = None,
     temperature: float = 1.0,
     beta: float | None = None,
     alpha: float | None = None,
+    target: Target | None = None,
+    base_logits_TVp: Tensor | None = None,
     vocab_size: int | None = None,
     labels: Tensor | None = None,
     group: Group = None,
@@ -45,44 +42,37 @@ def vocab_parallel_divergence(
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Per-token divergence of student p = softmax(z_s/tau) from teacher q = softmax(z_t/tau).
 
+    kind, support, variant and their defaults: terms.Divergence and docs/losses.md. For instance
     rkl: tau^2 KL(p||q), d/dz = tau p (log p - log q - KL(p||q)).  fkl: tau^2 KL(q||p),
-    d/dz = tau (p - q). The teacher is detached. Ids >= vocab_size have probability 0 in both.
-    A token with q = 0 and p > 0 makes rkl infinite, as it is; q = 0 in fkl contributes 0.
+    d/dz = tau (p - q). The teacher is detached. Ids >= vocab_size have probability 0 in both;
+    -inf is read as -1e15. `k` with support="full" and return_stats is the list of the diagnostics.
 
     Returns loss [T] in fp32 (fp64 for fp64 logits), the same on every rank of `group`; with
-    return_stats also a dict of detached [T]: student_entropy, teacher_entropy and, with labels [T],
-    student_log_prob, teacher_log_prob (at the temperature). A label outside the vocabulary gives an
+    return_stats also a dict of detached [T]: student_entropy, teacher_entropy, with labels [T]
+    student_log_prob and teacher_log_prob, and with a list mass_student, mass_teacher, bucket_kl,
+    overlap and teacher_rank (all at the temperature). A label outside the vocabulary gives an
     arbitrary finite log-prob: give it weight 0.
 
-    Collectives: one MAX and one SUM per chunk of rows (20 to 36 B/token), none in backward.
-    Raises UserError for a kind, support or option that does not exist.
-    Source: rkl as in on-policy distillation (arXiv 2605.11182), fkl as in classic distillation.
+    Collectives per chunk of rows: one MAX and one SUM (rkl: 20 B/token in fp32); general f: one
+    SUM of two scalars more; a list: one all-gather, 12 k bytes a rank and token. None in backward.
+    Raises UserError for a combination that does not exist.
     """
-    spec = divergence_kind(kind, support)
-    for name, value in (("k", k), ("variant", variant), ("beta", beta), ("alpha", alpha)):
-        if value is not None:
+    term, stats_k = divergence_term(
+        return_stats, k, kind=kind, support=support, variant=variant,
+        temperature=temperature, alpha=alpha, beta=beta, target=target or Target(),
+    )  # fmt: skip
+    for name, x in (("teacher", teacher_logits_TVp), ("base", base_logits_TVp)):
+        if x is not None and student_logits_TVp.shape != x.shape:
             raise UserError(
-                f"{name}={value!r} with kind={kind!r}, support={support!r}",
-                expected=f"no {name}: full-vocabulary rkl and fkl have no such option",
-                fix=f"remove {name}",
+                f"{name} logits {list(x.shape)}",
+                expected=f"the student's shape {list(student_logits_TVp.shape)}",
+                fix=f"load the {name}'s output layer on the student's vocabulary partition",
             )
-    if student_logits_TVp.shape != teacher_logits_TVp.shape:
-        raise UserError(
-            f"teacher logits {list(teacher_logits_TVp.shape)}",
-            expected=f"the student's shape {list(student_logits_TVp.shape)}",
-            fix="load the teacher's output layer on the student's vocabulary partition",
-        )
-    plan = make_plan(
-        spec,
-        Shard.of(student_logits_TVp.shape[-1], group, vocab_size),
-        temperature=temperature,
-        stats=choose_stats(return_stats, True, labels is not None),
-        chunk_size=chunk_size,
-    )
-    loss, stats = _VocabParallelLoss.apply(
-        student_logits_TVp, teacher_logits_TVp.detach(), labels, plan
-    )
-    return (loss, dict(zip(plan.stats, stats, strict=True))) if return_stats else loss
+    loss, stats = _apply(
+        term, student_logits_TVp, teacher_logits_TVp, base_logits_TVp, labels,
+        group, vocab_size, chunk_size, return_stats, stats_k,
+    )  # fmt: skip
+    return (loss, stats) if return_stats else loss
 
 
 def vocab_parallel_log_prob(
@@ -95,69 +85,89 @@ def vocab_parallel_log_prob(
 ) -> Tensor:
     """log softmax(z/tau)[id] for each token: [T], the same on every rank of `group`.
 
-    d/dz = (e_id - p) / tau, with e_id on the rank that owns the id. Differentiable in the logits.
+    d/dz = (e_id - p) / tau, with e_id on the rank that owns the id. Differentiable in the logits:
+    sampled_loss takes it from here.
     Collectives: one MAX and one SUM per chunk (12 B/token in fp32), none in backward.
     """
-    shard = Shard.of(logits_TVp.shape[-1], group, vocab_size)
-    plan = make_plan(CROSS_ENTROPY, shard, temperature=temperature)
-    nll, _ = _VocabParallelLoss.apply(logits_TVp, None, ids_T, plan)
-    return -nll
+    term = CrossEntropy(temperature=temperature)
+    return -_apply(term, logits_TVp, None, None, ids_T, group, vocab_size, None, False, None)[0]
+
+
+def _apply(
+    term: Term,
+    student: Tensor,
+    teacher: Tensor | None,
+    base: Tensor | None,
+    labels: Tensor | None,
+    group: Group,
+    vocab_size: int | None,
+    chunk_size: int | None,
+    stats: bool,
+    stats_k: int | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    engine = make_engine(
+        [term],
+        Shard.of(student.shape[-1], group, vocab_size),
+        softcap=None,
+        chunk_size=chunk_size,
+        stats=stats,
+        stats_k=stats_k,
+        has_teacher=teacher is not None,
+        has_base=base is not None,
+        has_labels=labels is not None,
+        vocab_size=vocab_size,
+        like=student,
+    )
+    want_grad = torch.is_grad_enabled() and student.requires_grad
+    holder: dict[str, Tensor] = {}
+    others = [None if x is None else x.detach() for x in (teacher, base)]
+    loss = _VocabParallelLoss.apply(student, *others, labels, engine, want_grad, holder)
+    return loss, holder
 
 
 class _VocabParallelLoss(torch.autograd.Function):
-    """Saves the logits as they came and a few scalars a token; backward is local."""
+    """Keeps the unit gradient in the logits' dtype; backward is one multiplication a row."""
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor | None, labels: Tensor | None, plan: Plan
-    ) -> tuple[Tensor, Tensor]:
-        names = ("m_s", *(("m_t",) if plan.needs_teacher else ()), *plan.moment_names)
-        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-        scalars = torch.empty(len(names), student.shape[0], dtype=dtype, device=student.device)
-        loss = torch.empty_like(scalars[0])
-        stats = scalars.new_empty(len(plan.stats), student.shape[0])
-        for rows in _chunks(student.shape[0], plan.chunk_size):
-            s, t, y = _load(student, teacher, labels, rows, plan)
-            moments = chunk_moments(s, t, y, plan)
-            loss[rows] = plan.loss_of(moments)
-            stats[:, rows] = chunk_stats(moments, plan)
-            scalars[:, rows] = torch.stack([moments[name] for name in names])
-        ctx.save_for_backward(student, teacher, labels, scalars)
-        ctx.plan, ctx.names = plan, names
-        ctx.mark_non_differentiable(stats)
-        return loss, stats
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor | None,
+        base: Tensor | None,
+        labels: Tensor | None,
+        engine: Engine,
+        want_grad: bool,
+        stats: dict[str, Tensor],
+    ) -> Tensor:
+        wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+        dtype = engine.logits_dtype(student)
+        tokens = student.shape[0]
+        loss = torch.empty(tokens, dtype=wide, device=student.device)
+        grad = torch.zeros_like(student) if want_grad else None
+        for a in range(0, tokens, engine.chunk_size):
+            rows = slice(a, min(a + engine.chunk_size, tokens))
+            laws = [_load(x, rows, engine.shard, dtype) for x in (student, teacher, base)]
+            batch = Batch(None if labels is None else labels[rows])
+            ones = loss.new_ones(1, rows.stop - a)
+            values, found, dz, scale = engine.run(*laws, batch, ones, want_grad)  # pyright: ignore
+            loss[rows] = values[0]
+            for name, value in found.items():
+                stats.setdefault(name, torch.empty_like(loss))[rows] = value
+            if grad is not None and dz is not None:
+                dz = dz if scale is None else dz.mul_(scale[:, None])
+                grad[rows, : engine.shard.valid] = dz
+        ctx.save_for_backward(grad)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        student, teacher, labels, scalars = ctx.saved_tensors
-        plan: Plan = ctx.plan
-        grad = torch.empty_like(student)
-        grad[:, plan.shard.valid :] = 0
-        for rows in _chunks(student.shape[0], plan.chunk_size):
-            s, t, y = _load(student, teacher, labels, rows, plan)
-            moments = dict(zip(ctx.names, scalars[:, rows], strict=True))
-            chunk_gradient_(s, t, y, moments, grads[0][rows], plan)
-            grad[rows, : plan.shard.valid] = s
-        return grad, None, None, None
+        (grad,) = ctx.saved_tensors
+        scaled = None if grad is None else (grad * grads[0][:, None]).to(grad.dtype)
+        return (scaled, *(None,) * 6)
 
 
-def _chunks(tokens: int, size: int) -> list[slice]:
-    return [slice(a, min(a + size, tokens)) for a in range(0, tokens, size)]
-
-
-def _load(
-    student: Tensor, teacher: Tensor | None, labels: Tensor | None, rows: slice, plan: Plan
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A chunk's logits without padding, copied to the arithmetic's precision and scaled."""
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-
-    def one(logits: Tensor) -> Tensor:
-        return scale_logits_(logits[rows, : plan.shard.valid].to(dtype, copy=True), plan)
-
-    return (
-        one(student),
-        one(teacher) if teacher is not None and plan.needs_teacher else None,
-        None if labels is None else labels[rows],
-    )
+def _load(x: Tensor | None, rows: slice, shard: Shard, dtype: torch.dtype) -> Tensor | None:
+    """A chunk's logits without padding, copied to the arithmetic's precision; -inf -> FLOOR."""
+    if x is None:
+        return None
+    return x[rows, : shard.valid].to(dtype, copy=True).clamp_min_(FLOOR)

@@ -1,62 +1,134 @@
 """Losses at the output layer: hidden states in, scalar out, one chunk of logits at a time.
 
-The student's and the teacher's vocabulary-sharded output layers are applied to a chunk of rows,
-the chunk's loss and its gradient in the logits are computed in place (chunk.py), and the gradients
-of hidden states and weight are accumulated at once, in forward. Backward multiplies them by the
-upstream scalar and communicates nothing. Logits memory: [C, Vp] for the student and for the
-teacher, plus the row blocks of chunk.py; nothing grows with T but hidden states and a few scalars
-a token.
+The vocabulary-sharded output layers of student and teacher are applied to a chunk of rows, the
+chunk's losses and their gradient in the logits are computed in place (engine.py), and the gradients
+of hidden states and weight are accumulated at once, in forward: four matrix products in all.
+Backward multiplies by the upstream scalar and communicates nothing. Logits memory: [C, Vp] for the
+student and for the teacher; nothing grows with T but hidden states and a few scalars a token.
+
+Where the weight gradient goes:
+  autograd   a [Vp, H] buffer, handed to autograd in backward, times the upstream scalar
+  main_grad  straight into weight.main_grad (Megatron's fused accumulation): no second buffer. The
+             gradient is there before backward runs, so the upstream scalar must be exactly 1;
+             anything else raises. Nothing is written where gradients are off.
 
 Arithmetic: matrix products in the weight's dtype, everything else in fp32 (fp64 for fp64 weights);
 the weight gradient is accumulated in fp32.
 
 Sequence parallel: rank r holds rows [r*T/R, (r+1)*T/R) of hidden states. A chunk takes C/R rows of
 every rank (all-gather), its hidden gradient goes back to them (reduce-scatter), token weights and
-labels are permuted alike; nothing gathers all T.
+labels are permuted alike; nothing gathers all T. The hidden gradient's collective of a chunk runs
+while the next chunk is computed.
 
-Shapes: T tokens, C rows of a chunk, R tensor-parallel ranks, H and Ht hidden, Vp = V/R local ids.
+Shapes: T tokens, C rows of a chunk, R tensor-parallel ranks, H and Ht hidden, Vp = V/R local ids,
+n terms.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megaopd.errors import UserError
-from megaopd.losses.chunk import (
-    CROSS_ENTROPY,
-    DEFAULT_CHUNK,
-    Kind,
-    Plan,
-    choose_stats,
-    chunk_gradient_,
-    chunk_moments,
-    chunk_stats,
-    divergence_kind,
-    make_plan,
-    scale_logits_,
-)
-from megaopd.losses.vocab_parallel import (
-    Group,
-    Shard,
-    all_gather_rows,
-    all_reduce_sum_,
-    group_size,
-    reduce_scatter_rows,
-)
+from megaopd.losses.engine import make_engine
+from megaopd.losses.head_pass import HeadPass, Law, fused_head
+from megaopd.losses.terms import CrossEntropy, Target, Term, divergence_term
+from megaopd.losses.vocab_parallel import Group, Shard, group_size
 
 
 @dataclass(frozen=True)
 class FusedLoss:
     """loss: scalar, carries the gradient. per_token [T] and stats (name -> [T]): detached.
 
-    All three are complete and the same on every tensor-parallel rank, in full-sequence order.
+    All are complete and the same on every tensor-parallel rank, in full-sequence order. With
+    several objectives per_token is their weighted sum's parts: see `terms`, name -> [T].
     """
 
     loss: Tensor
     per_token: Tensor
     stats: dict[str, Tensor] = field(default_factory=dict)
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A term and its weights [T]: coefficient x mask x importance weight / denominator."""
+
+    term: Term
+    token_weights: Tensor
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """A frozen model at the output layer: hidden [T, Ht] (T/R rows with sequence parallel), weight
+    [Vp, Ht] on the student's vocabulary partition, bias [Vp] or None."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+def fused_linear_objectives(
+    hidden_TH: Tensor,
+    weight_VpH: Tensor,
+    teacher: OutputLayer | None,
+    objectives: Mapping[str, Objective],
+    *,
+    base: OutputLayer | None = None,
+    labels: Tensor | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
+    vocab_size: int | None = None,
+    group: Group = None,
+    chunk_size: int | None = None,
+    sequence_parallel: bool = False,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    into_main_grad: bool = False,
+    return_stats: bool = False,
+    stats_k: int | None = None,
+) -> FusedLoss:
+    """sum over objectives and tokens of w_t L_t, in one pass over the logits.
+
+    Recipes mix terms (a divergence, sampled-token terms, SFT cross-entropy, entropy): each has its
+    own token_weights [T], and they share the matrix products. Terms with the same temperature,
+    target and list share all scalars too; each other law costs a copy of the chunk's logits.
+
+    labels [T]: sampled or supervised tokens; inputs: what sampled terms take besides
+    (old_log_prob, advantage, ...), [T] each. token_weights, labels and inputs have T rows also with
+    sequence_parallel; hidden states then have T/R. softcap c: both models' logits are c tanh(z/c).
+
+    Gradients: hidden (summed over `group`; with sequence_parallel its own rows), weight, bias.
+    Collectives per chunk: see chunk.py, and for the hidden gradient an all-reduce of [C, H], or
+    all-gathers and a reduce-scatter with sequence_parallel. return_stats: evaluate.py's quantities
+    by name, [T] each; stats_k: on the student's top-k where no objective has a list of its own.
+    Raises UserError for terms, shapes and options that do not fit together.
+    """
+    ranks = group_size(group) if sequence_parallel else 1
+    names = list(objectives)
+    _check_shapes(hidden_TH, weight_VpH, ranks, teacher, base, objectives, labels, inputs or {})
+    engine = make_engine(
+        [objectives[n].term for n in names],
+        Shard.of(weight_VpH.shape[0], group, vocab_size),
+        softcap=softcap,
+        chunk_size=chunk_size,
+        stats=return_stats,
+        stats_k=stats_k,
+        has_teacher=teacher is not None,
+        has_base=base is not None,
+        has_labels=labels is not None,
+        vocab_size=vocab_size,
+        like=weight_VpH,
+    )
+    wide = torch.float64 if weight_VpH.dtype == torch.float64 else torch.float32
+    weights = torch.stack([objectives[n].token_weights.detach().to(wide) for n in names])
+    numbers = {name: x.detach().to(wide) for name, x in (inputs or {}).items()}
+    laws = (_frozen(teacher), _frozen(base))
+    want_grad = torch.is_grad_enabled()  # always off inside an autograd.Function, so asked here
+    passed = HeadPass(engine, ranks, want_grad, into_main_grad, laws, weights, labels, numbers)
+    loss, per_token, stats = fused_head(hidden_TH, weight_VpH, bias, passed)
+    terms = dict(zip(names, per_token, strict=True))
+    return FusedLoss(loss, per_token[0] if len(names) == 1 else per_token.sum(0), stats, terms)
 
 
 def fused_linear_divergence(
@@ -67,58 +139,52 @@ def fused_linear_divergence(
     *,
     token_weights: Tensor,
     kind: str,
-    support: str = "full",
+    support: str | None = None,
+    k: int | None = None,
+    variant: str | None = None,
     temperature: float = 1.0,
+    beta: float | None = None,
+    alpha: float | None = None,
+    target: Target | None = None,
+    base: OutputLayer | None = None,
     vocab_size: int | None = None,
     labels: Tensor | None = None,
     group: Group = None,
-    chunk_size: int = DEFAULT_CHUNK,
+    chunk_size: int | None = None,
     sequence_parallel: bool = False,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    into_main_grad: bool = False,
     return_stats: bool = False,
 ) -> FusedLoss:
     """sum_t w_t L_t of student p = softmax(f(h W')/tau) from teacher q = softmax(f(h_t W_t')/tau).
 
-    rkl: L = tau^2 KL(p||q), dL/dz = tau p (log p - log q - KL(p||q)).  fkl: L = tau^2 KL(q||p),
-    dL/dz = tau (p - q).  f is the identity, or softcap*tanh(z/softcap) for both models.
-    token_weights [T] hold mask, importance weight and denominator; rows of weight 0 add nothing.
-
-    Gradients: hidden (summed over `group`; with sequence_parallel its own rows) and weight. The
-    teacher and token_weights get none. return_stats adds student_entropy, teacher_entropy and, with
-    labels [T], student_log_prob, teacher_log_prob, all at the temperature.
-
-    Collectives per chunk: one MAX and one SUM of packed scalars (20 B/token for the loss alone, 36
-    with statistics and labels, in fp32). Hidden gradient: one all-reduce of [T, H]; with
-    sequence_parallel, per chunk, all-gathers of the hidden states and a reduce-scatter.
-    token_weights and labels have T rows in both cases, hidden states T/R with sequence_parallel.
-
-    Raises UserError for a kind or support that does not exist, shapes that disagree, and a bias.
-    Source: dense vocabulary-parallel divergence of on-policy distillation (arXiv 2605.11182).
+    The divergences are those of vocab_parallel_divergence, with the same keywords; rkl for
+    instance: L = tau^2 KL(p||q), dL/dz = tau p (log p - log q - KL(p||q)). f is the identity, or
+    softcap*tanh(z/softcap) for both models. token_weights [T] hold mask, importance weight and
+    denominator, known before the pass; rows of weight 0 add nothing. `k` with support "full" is
+    the list of the statistics. Everything else as in fused_linear_objectives, with one objective.
     """
-    spec = divergence_kind(kind, support)
-    if teacher_weight_VpHt.shape[0] != weight_VpH.shape[0]:
-        raise UserError(
-            f"the teacher's output layer has {teacher_weight_VpHt.shape[0]} ids on this rank",
-            expected=f"{weight_VpH.shape[0]}, as the student's",
-            fix="load the teacher's output layer on the student's vocabulary partition",
-        )
-    return _fused(
-        spec,
+    term, stats_k = divergence_term(
+        return_stats, k, kind=kind, support=support, variant=variant,
+        temperature=temperature, alpha=alpha, beta=beta, target=target or Target(),
+    )  # fmt: skip
+    return fused_linear_objectives(
         hidden_TH,
         weight_VpH,
-        teacher_hidden_THt.detach(),
-        teacher_weight_VpHt.detach(),
-        token_weights=token_weights,
+        OutputLayer(teacher_hidden_THt, teacher_weight_VpHt),
+        {"loss": Objective(term, token_weights)},
+        base=base,
         labels=labels,
-        temperature=temperature,
         vocab_size=vocab_size,
         group=group,
         chunk_size=chunk_size,
         sequence_parallel=sequence_parallel,
         softcap=softcap,
         bias=bias,
+        into_main_grad=into_main_grad,
         return_stats=return_stats,
+        stats_k=stats_k,
     )
 
 
@@ -131,10 +197,11 @@ def fused_linear_cross_entropy(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     group: Group = None,
-    chunk_size: int = DEFAULT_CHUNK,
+    chunk_size: int | None = None,
     sequence_parallel: bool = False,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    into_main_grad: bool = False,
     return_stats: bool = False,
 ) -> FusedLoss:
     """sum_t -w_t log p(label_t): supervised fine-tuning. dL/dz = (p - e_label) / tau.
@@ -142,23 +209,21 @@ def fused_linear_cross_entropy(
     A label outside the vocabulary (an ignore index) gives an arbitrary finite per-token value: its
     weight must be 0. No temperature^2. return_stats adds student_log_prob and student_entropy.
     Collectives per chunk: one MAX and one SUM (12 B/token in fp32; 16 with statistics); hidden
-    states as in fused_linear_divergence.
+    states as in fused_linear_objectives.
     """
-    return _fused(
-        CROSS_ENTROPY,
+    return fused_linear_objectives(
         hidden_TH,
         weight_VpH,
         None,
-        None,
-        token_weights=token_weights,
+        {"loss": Objective(CrossEntropy(temperature=temperature), token_weights)},
         labels=labels_T,
-        temperature=temperature,
         vocab_size=vocab_size,
         group=group,
         chunk_size=chunk_size,
         sequence_parallel=sequence_parallel,
         softcap=softcap,
         bias=bias,
+        into_main_grad=into_main_grad,
         return_stats=return_stats,
     )
 
@@ -171,9 +236,10 @@ def fused_linear_log_prob(
     group: Group = None,
     vocab_size: int | None = None,
     temperature: float = 1.0,
-    chunk_size: int = DEFAULT_CHUNK,
+    chunk_size: int | None = None,
     sequence_parallel: bool = False,
     softcap: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """log p(id_t) of each token, [T], without gradient, for scoring; the same on every rank.
 
@@ -191,50 +257,48 @@ def fused_linear_log_prob(
             chunk_size=chunk_size,
             sequence_parallel=sequence_parallel,
             softcap=softcap,
+            bias=bias,
         )
     return -scored.per_token
 
 
-def _fused(
-    kind: Kind,
+def _check_shapes(
     hidden: Tensor,
     weight: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    *,
-    token_weights: Tensor,
+    ranks: int,
+    teacher: OutputLayer | None,
+    base: OutputLayer | None,
+    objectives: Mapping[str, Objective],
     labels: Tensor | None,
-    temperature: float,
-    vocab_size: int | None,
-    group: Group,
-    chunk_size: int,
-    sequence_parallel: bool,
-    softcap: float | None,
-    bias: Tensor | None,
-    return_stats: bool,
-) -> FusedLoss:
-    if bias is not None:
-        raise UserError("an output layer with a bias", expected="none", fix="fold or drop the bias")
-    ranks = group_size(group) if sequence_parallel else 1
-    _check_rows("token_weights", token_weights, hidden.shape[0] * ranks, ranks)
-    if labels is not None:
-        _check_rows("labels", labels, hidden.shape[0] * ranks, ranks)
-    if teacher_hidden is not None:
-        _check_rows("teacher_hidden", teacher_hidden, hidden.shape[0], ranks)
-    plan = make_plan(
-        kind,
-        Shard.of(weight.shape[0], group, vocab_size),
-        temperature=temperature,
-        softcap=softcap,
-        stats=choose_stats(return_stats, kind.uses_teacher, labels is not None),
-        chunk_size=chunk_size,
-    )
-    want_grad = torch.is_grad_enabled()  # always off inside an autograd.Function, so asked here
-    layout = _Layout(plan, ranks, want_grad)
-    loss, per_token, stats = _FusedHead.apply(
-        hidden, weight, teacher_hidden, teacher_weight, token_weights.detach(), labels, layout
-    )
-    return FusedLoss(loss, per_token, dict(zip(plan.stats, stats, strict=True)))
+    inputs: Mapping[str, Tensor],
+) -> None:
+    vectors = {
+        "token_weights" + (f" of {name}" if len(objectives) > 1 else ""): one.token_weights
+        for name, one in objectives.items()
+    }
+    vectors |= dict(inputs) | ({} if labels is None else {"labels": labels})
+    for name, x in vectors.items():
+        _check_rows(name, x, hidden.shape[0] * ranks, ranks)
+    for name, layer in (("teacher", teacher), ("base", base)):
+        if layer is not None:
+            _check_rows(f"{name}_hidden", layer.hidden, hidden.shape[0], ranks)
+            _check_partition(name, layer.weight, weight)
+
+
+def _frozen(layer: OutputLayer | None) -> Law | None:
+    if layer is None:
+        return None
+    bias = None if layer.bias is None else layer.bias.detach()
+    return Law(layer.hidden.detach(), layer.weight.detach(), bias)
+
+
+def _check_partition(name: str, weight: Tensor, student: Tensor) -> None:
+    if weight.shape[0] != student.shape[0]:
+        raise UserError(
+            f"the {name}'s output layer has {weight.shape[0]} ids on this rank",
+            expected=f"{student.shape[0]}, as the student's",
+            fix=f"load the {name}'s output layer on the student's vocabulary partition",
+        )
 
 
 def _check_rows(name: str, x: Tensor, rows: int, ranks: int) -> None:
@@ -246,139 +310,12 @@ def _check_rows(name: str, x: Tensor, rows: int, ranks: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """How rows of full-sequence vectors and of this rank's hidden states make up chunks.
-
-    Seen as [ranks, T/ranks], a chunk is a range of columns: all of one row without sequence
-    parallel, the same slice of every rank's rows with it. One spelling serves both.
-    """
-
-    plan: Plan
-    ranks: int
-    want_grad: bool
-
-    def chunks(self, local_rows: int) -> list[slice]:
-        step = max(1, self.plan.chunk_size // self.ranks)
-        return [slice(a, min(a + step, local_rows)) for a in range(0, local_rows, step)]
-
-    def take(self, full: Tensor, rows: slice) -> Tensor:
-        return full.reshape(self.ranks, -1)[:, rows].reshape(-1)
-
-    def put(self, full: Tensor, rows: slice, chunk: Tensor) -> None:
-        """full [..., T], chunk [..., C]."""
-        width = rows.stop - rows.start
-        view = full.view(*full.shape[:-1], self.ranks, full.shape[-1] // self.ranks)
-        view[..., rows] = chunk.view(*chunk.shape[:-1], self.ranks, width)
-
-    def gather(self, local: Tensor, rows: slice) -> Tensor:
-        return (
-            all_gather_rows(local[rows], self.plan.shard.group) if self.ranks > 1 else local[rows]
-        )
-
-
-class _Head:
-    """One model's output layer: logits of a chunk in a buffer that is made once."""
-
-    def __init__(self, weight: Tensor, plan: Plan, rows: int, dtype: torch.dtype) -> None:
-        self.weight = weight[: plan.shard.valid]
-        self.plan = plan
-        self.buffer = torch.empty(rows, plan.shard.valid, dtype=dtype, device=weight.device)
-
-    def logits(self, hidden_CH: Tensor) -> Tensor:
-        out = self.buffer[: hidden_CH.shape[0]]
-        hidden_CH = hidden_CH.to(self.weight.dtype)
-        if self.weight.dtype == out.dtype:
-            torch.mm(hidden_CH, self.weight.t(), out=out)
-        else:
-            out.copy_(hidden_CH @ self.weight.t())
-        return scale_logits_(out, self.plan)
-
-
-class _Gradients:
-    """Gradients of hidden states and weight, accumulated chunk by chunk; None where not needed."""
-
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, layout: _Layout, need: tuple[bool, bool]
-    ) -> None:
-        self.layout, self.source = layout, weight[: layout.plan.shard.valid]
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.hidden = torch.empty_like(hidden) if need[0] else None
-        self.weight = torch.zeros_like(weight, dtype=wide) if need[1] else None
-
-    def add(self, dlogits: Tensor, hidden_CH: Tensor, rows: slice) -> None:
-        group, weight = self.layout.plan.shard.group, self.source
-        dlogits = dlogits.to(weight.dtype)
-        if self.hidden is not None:
-            grad = dlogits @ weight
-            self.hidden[rows] = reduce_scatter_rows(grad, group) if self.layout.ranks > 1 else grad
-        if self.weight is not None:
-            own = self.weight[: weight.shape[0]]
-            hidden_CH = hidden_CH.to(weight.dtype)
-            if own.dtype == weight.dtype:
-                own.addmm_(dlogits.t(), hidden_CH)
-            else:
-                own.add_(dlogits.t() @ hidden_CH)
-
-    def finish(self) -> None:
-        if self.hidden is not None and self.layout.ranks == 1:
-            all_reduce_sum_(self.hidden, self.layout.plan.shard.group)
-
-
-class _FusedHead(torch.autograd.Function):
-    """Loss and gradients in forward; backward is a multiplication by the upstream scalar."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_weight: Tensor | None,
-        token_weights: Tensor,
-        labels: Tensor | None,
-        layout: _Layout,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        plan, chunks = layout.plan, layout.chunks(hidden.shape[0])
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        token_weights = token_weights.to(wide)
-        rows = layout.ranks * max((c.stop - c.start for c in chunks), default=0)
-        student = _Head(weight, plan, rows, wide)
-        teacher = None
-        if teacher_weight is not None and plan.needs_teacher:
-            teacher = _Head(teacher_weight, plan, rows, wide)
-        need = tuple(layout.want_grad and n for n in ctx.needs_input_grad[:2])
-        grads = _Gradients(hidden, weight, layout, (need[0], need[1]))
-        per_token = torch.empty_like(token_weights)
-        stats = per_token.new_empty(len(plan.stats), per_token.shape[0])
-        for c in chunks:
-            h = layout.gather(hidden, c)
-            s, t = student.logits(h), None
-            if teacher is not None and teacher_hidden is not None:
-                t = teacher.logits(layout.gather(teacher_hidden, c))
-            y = None if labels is None else layout.take(labels, c)
-            moments = chunk_moments(s, t, y, plan)
-            layout.put(per_token, c, plan.loss_of(moments))
-            layout.put(stats, c, chunk_stats(moments, plan))
-            if any(need):
-                chunk_gradient_(s, t, y, moments, layout.take(token_weights, c), plan)
-                grads.add(s, h, c)
-        grads.finish()
-        ctx.save_for_backward(grads.hidden, grads.weight)
-        ctx.weight_dtype = weight.dtype
-        ctx.mark_non_differentiable(per_token, stats)
-        ctx.set_materialize_grads(False)
-        # A masked token may have an infinite loss (padding can hold anything): 0 * inf must be 0.
-        loss = torch.where(token_weights == 0, 0.0, token_weights * per_token).sum()
-        return loss, per_token, stats
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight = ctx.saved_tensors
-        scale = upstream[0]
-        if scale is None:
-            return (None,) * 7
-        # Always multiplied: asking whether the scale is 1 would wait for the device.
-        grad_hidden = None if hidden is None else (hidden * scale).to(hidden.dtype)
-        grad_weight = None if weight is None else (weight * scale).to(ctx.weight_dtype)
-        return (grad_hidden, grad_weight, *(None,) * 5)
+__all__: Sequence[str] = [
+    "FusedLoss",
+    "Objective",
+    "OutputLayer",
+    "fused_linear_cross_entropy",
+    "fused_linear_divergence",
+    "fused_linear_log_prob",
+    "fused_linear_objectives",
+]

@@ -86,6 +86,17 @@ def all_reduce_sum_(packed_nC: Tensor, group: Group) -> Tensor:
     return packed_nC
 
 
+def all_gather_last(local_CnK: Tensor, group: Group) -> Tensor:
+    """[C, n, K] on each rank -> [C, n, R*K], rank-major, on every rank."""
+    size = group_size(group)
+    if size == 1:
+        return local_CnK
+    rows, lists, width = local_CnK.shape
+    full = local_CnK.new_empty(size * rows, lists, width)
+    dist.all_gather_into_tensor(full, local_CnK.contiguous(), group=group)
+    return full.view(size, rows, lists, width).permute(1, 2, 0, 3).flatten(2)
+
+
 def all_gather_rows(local_cH: Tensor, group: Group) -> Tensor:
     """[c, H] on each rank -> [R*c, H], rank-major, on every rank."""
     size = group_size(group)
@@ -96,11 +107,13 @@ def all_gather_rows(local_cH: Tensor, group: Group) -> Tensor:
     return full
 
 
-def reduce_scatter_rows(full_RcH: Tensor, group: Group) -> Tensor:
-    """[R*c, H] on each rank -> the sum over ranks of this rank's own c rows (undoes all_gather)."""
+def start_sum_rows(full_CH: Tensor, group: Group, *, scatter: bool) -> tuple[Any, Tensor]:
+    """Begins the SUM over ranks of [C, H]; (work to wait for, where the result will be).
+
+    scatter: only this rank's C/R rows of the sum (undoes all_gather_rows); else all, in place.
+    """
+    if not scatter:
+        return dist.all_reduce(full_CH, group=group, async_op=True), full_CH
     size = group_size(group)
-    if size == 1:
-        return full_RcH
-    local = full_RcH.new_empty(full_RcH.shape[0] // size, *full_RcH.shape[1:])
-    dist.reduce_scatter_tensor(local, full_RcH.contiguous(), group=group)
-    return local
+    local = full_CH.new_empty(full_CH.shape[0] // size, *full_CH.shape[1:])
+    return dist.reduce_scatter_tensor(local, full_CH, group=group, async_op=True), local

@@ -1,0 +1,174 @@
+"""All terms of a loss on one chunk of raw logits: soft-cap, temperature, targets, then the passes.
+
+Shapes: C rows, Vp local ids (padding already sliced off), n terms.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megaopd.errors import UserError
+from megaopd.losses.chunk import Batch, ChunkLoss, run_chunk
+from megaopd.losses.kernels import native
+from megaopd.losses.plan import Plan, is_pld, make_plans
+from megaopd.losses.targets import apply_target_
+from megaopd.losses.terms import Term, check_positive
+from megaopd.losses.vocab_parallel import Shard, group_size
+
+# Elements of a chunk's logits: large enough for efficient products, small enough to forget.
+CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
+MIN_CHUNK = 128
+
+STATS = ("student_entropy", "teacher_entropy", "student_log_prob", "teacher_log_prob")
+LIST_STATS = ("mass_student", "mass_teacher", "bucket_kl", "overlap", "teacher_rank")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What to compute on each chunk; made once a call, the same on every rank."""
+
+    terms: tuple[Term, ...]
+    plans: tuple[Plan, ...]
+    shard: Shard
+    softcap: float | None
+    chunk_size: int
+
+    @property
+    def inline(self) -> bool:
+        """Kernels scale the logits as they read them: the buffers keep the products' precision."""
+        return self.plans[0].inline
+
+    def logits_dtype(self, weight: Tensor) -> torch.dtype:
+        """Of a chunk's logits: as the products give them where kernels do the rest, else wide."""
+        if weight.dtype == torch.float64:
+            return torch.float64
+        return weight.dtype if self.inline else torch.float32
+
+    @property
+    def needs_base(self) -> bool:
+        return any(plan.target.needs_base for plan in self.plans)
+
+    def run(
+        self,
+        s: Tensor,
+        t: Tensor | None,
+        base: Tensor | None,
+        batch: Batch,
+        weights: Tensor,
+        want_grad: bool,
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None, Tensor | None]:
+        """(values [n, C], stats, D, scale) with d loss / d logits = D * scale[:, None].
+
+        s, t, base [C, Vp]: raw logits, overwritten; D lies in one of them. weights [n, C].
+        """
+        slope = None
+        for x in (s, t, base):
+            if self.softcap is not None and x is not None and not self.inline:
+                x.div_(self.softcap).tanh_()
+                if x is s and want_grad:
+                    slope = 1 - x * x
+                x.mul_(self.softcap)
+        values = weights.new_zeros(len(self.terms), s.shape[0])
+        stats: dict[str, Tensor] = {}
+        total, scale = None, None
+        for i, plan in enumerate(self.plans):
+            laws = (s, t, base)
+            if i + 1 < len(self.plans):
+                laws = tuple(None if x is None else x.clone() for x in laws)
+            out = _run_plan(plan, *laws, batch, weights[list(plan.rows)], want_grad)  # pyright: ignore
+            values[list(plan.rows)] = out.values
+            stats |= out.stats
+            if out.grad is None or len(self.plans) == 1:
+                total, scale = out.grad, out.scale
+                continue
+            grad = out.grad if out.scale is None else out.grad.mul_(out.scale[:, None])
+            total = grad if total is None else total.add_(grad)
+        if total is not None and slope is not None:
+            total.mul_(slope)
+        return values, stats, total, scale
+
+
+def make_engine(
+    terms: Sequence[Term],
+    shard: Shard,
+    *,
+    softcap: float | None,
+    chunk_size: int | None,
+    stats: bool,
+    stats_k: int | None,
+    has_teacher: bool,
+    has_base: bool,
+    has_labels: bool,
+    vocab_size: int | None,
+    like: Tensor,
+) -> Engine:
+    """Checks what users set, and chooses the chunk."""
+    if not terms:
+        raise UserError("no terms", expected="at least one", fix="pass a Divergence")
+    check_positive("softcap", softcap)
+    if chunk_size is not None and chunk_size < 1:
+        raise UserError(f"chunk_size={chunk_size}", expected="at least 1", fix="leave it out")
+    vocab = vocab_size if vocab_size is not None else shard.width * group_size(shard.group)
+    plans = make_plans(
+        terms,
+        shard,
+        stats=stats,
+        stats_k=stats_k,
+        has_teacher=has_teacher,
+        has_labels=has_labels,
+        vocab=vocab,
+    )
+    plans = [replace(p, softcap=softcap, inline=_inline(plans, like)) for p in plans]
+    chunk = chunk_size or default_chunk(shard, like.device)
+    engine = Engine(tuple(terms), tuple(plans), shard, softcap, chunk)
+    if engine.needs_base != has_base:
+        raise UserError(
+            "base logits" if has_base else "no base logits",
+            expected="none: no target uses them"
+            if has_base
+            else "the base model of the geometric or linear target",
+            fix="pass base hidden states and weight exactly where a Target needs them",
+        )
+    return engine
+
+
+def _inline(plans: Sequence[Plan], like: Tensor) -> bool:
+    """One pass over logits that no target mixes: nothing but the kernels needs them scaled."""
+    ops = native(like)
+    plan = plans[0]
+    plain = len(plans) == 1 and plan.target.kind == "teacher"
+    tempered_pld = plan.temperature != 1.0 and is_pld(plan.terms[0])
+    return getattr(ops, "SCALES", False) and plain and not tempered_pld
+
+
+def default_chunk(shard: Shard, device: torch.device) -> int:
+    """Rows whose logits fill CHUNK_ELEMENTS, a multiple of MIN_CHUNK."""
+    rows = CHUNK_ELEMENTS[device.type] // max(1, shard.width)
+    return max(MIN_CHUNK, rows // MIN_CHUNK * MIN_CHUNK)
+
+
+def _run_plan(
+    plan: Plan,
+    s: Tensor,
+    t: Tensor | None,
+    base: Tensor | None,
+    batch: Batch,
+    weights: Tensor,
+    want_grad: bool,
+) -> ChunkLoss:
+    if plan.temperature != 1.0 and not plan.inline:
+        for x in (t, base) if is_pld(plan.terms[0]) else (s, t, base):
+            if x is not None:
+                x.div_(plan.temperature)
+    if t is not None:
+        apply_target_(plan.target, t, base, batch.labels, plan.shard)
+    return run_chunk(plan, s, t, batch, weights, want_grad)
+
+
+def chunk_inputs(
+    inputs: Mapping[str, Tensor], pick: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Per-token inputs [T] -> those of a chunk."""
+    return {name: pick(value) for name, value in inputs.items()}

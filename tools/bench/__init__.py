@@ -1,0 +1,1 @@
+"""The benchmark of the losses: tools/bench_loss.py is its command."""

@@ -1,0 +1,14 @@
+"""Speed, memory, traffic and gradient error of the losses: `python tools/bench_loss.py --help`."""
+
+import os
+import sys
+
+# Read when torch is imported: one thread a rank, and a profiler that does not talk.
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+    os.environ[name] = "1"
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+if __name__ == "__main__":
+    from bench.cli import main
+
+    sys.exit(main())
