@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +20,9 @@ from megaopd.data.types import Prompt, Sample
 from megaopd.errors import UserError
 from megaopd.inputs import check_run_dir, eos_ids, held_out, pad_id
 from megaopd.models.build import architecture, check_layout, padded_vocab, read_hf_config
+from megaopd.objectives.alarms import new_alarms
 from megaopd.parallel import Grid, gather_objects, make_grid
-from megaopd.report.metrics import MetricLogger
+from megaopd.report.metrics import MetricLogger, read_metrics
 from megaopd.rollout.base import Request, RolloutEngine, SamplingParams
 from megaopd.rollout.hf import EmbeddedEngine
 from megaopd.schema import Config
@@ -29,7 +31,11 @@ from megaopd.trainer.checkpoint import Checkpoints
 from megaopd.trainer.student import Student
 from megaopd.trainer.teacher import Teacher
 
-COLUMNS = ("loss", "kl", "nll", "reward", "grad_norm", "response_length", "tokens_per_s")
+COLUMNS = ("reward", "grad_norm", "response_length", "tokens_per_s")
+# What of the objective's metrics an evaluation reports.
+EVALUATED = (
+    "kl", "distill", "bucket_kl", "mass_student", "entropy", "teacher_entropy", "rollout_k3",
+)  # fmt: skip
 
 
 def build_parts(config: Config, *, training: bool = True) -> "Parts":
@@ -128,6 +134,7 @@ class Parts:
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
     logger: MetricLogger | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)  # metrics so far, of the main rank
 
     def start(self) -> None:
         """Open the run directory and take up an interrupted run."""
@@ -148,10 +155,13 @@ class Parts:
             self.logger = MetricLogger(
                 directory,
                 config.report,
-                columns=COLUMNS,
+                columns=("loss", config.objective.value_name, *COLUMNS),
                 total_steps=config.run.steps,
                 resume_step=step,
             )
+            self.history = read_metrics(directory)
+            for text in config.warnings:
+                self.warn("warning", text)
         self.started = time.monotonic()
 
     @property
@@ -161,6 +171,12 @@ class Parts:
     @property
     def is_main(self) -> bool:
         return self.grid.rank == 0
+
+    def warn(self, kind: str, text: str, **values: Any) -> None:
+        """Say it on the main rank's console, and keep it among the events."""
+        if self.logger is not None:
+            print(f"megaopd: {kind}: {text}", file=sys.stderr, flush=True)
+            self.logger.log_event(kind, {"text": text, **values})
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -257,6 +273,9 @@ class Parts:
         extra["tokens_per_s"] = sum(lengths) / max(spent, 1e-9)
         if self.logger is not None:
             self.logger.log_metrics(step, {**metrics, **extra, **self.times})
+            self.history.append(metrics)
+            for text in new_alarms(self.history).values():
+                self.warn("alarm", text, step=step)
         self.times = {}
 
     def evaluate_at(self, step: int) -> None:
@@ -287,8 +306,7 @@ class Parts:
         if self.teacher is not None:
             sampled = self._generate(self.held_out, -2, 1, params)
             scored = self.student.score(self.micro_batches(sampled), self.teacher)
-            keep = ("kl", "entropy", "teacher_entropy", "rollout_k3")
-            result |= {name: scored[name] for name in keep if name in scored}
+            result |= {name: scored[name] for name in EVALUATED if name in scored}
         self._save_samples(greedy)
         return result
 

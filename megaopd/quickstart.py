@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megaopd.config import apply_overrides, build, read_toml
+from megaopd.config import read_toml
 from megaopd.errors import UserError
 from megaopd.recipes import recipe
-from megaopd.schema import Config
+from megaopd.schema import Config, make_config
 
 RANKS = 2
 # Qwen3 shapes: a teacher of 99,776 and a student of 25,312 parameters and 18 characters.
@@ -53,7 +53,7 @@ def stage_config(name: str, directory: Path, seed: int, overrides: Sequence[str]
         values["teacher"] = {"path": str(directory / "teacher-megatron")}
     else:
         values["student"] = {"path": str(directory / f"{name}-init")}
-    return build(Config, apply_overrides(values, overrides))
+    return make_config(values, overrides)
 
 
 def check(directory: Path, overrides: Sequence[str]) -> None:

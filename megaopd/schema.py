@@ -6,12 +6,15 @@ Importable without torch, so that a bad configuration is refused before anything
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megaopd.config import apply_overrides, build, read_toml
 from megaopd.data.config import DataConfig
 from megaopd.errors import UserError
 from megaopd.models.config import ModelConfig
+from megaopd.objectives.presets import with_preset
 from megaopd.objectives.spec import ObjectiveConfig
+from megaopd.objectives.validate import check_run, warnings
 from megaopd.parallel import ParallelConfig
 from megaopd.report.config import ReportConfig
 from megaopd.rollout.config import RolloutConfig
@@ -85,6 +88,8 @@ class Config:
                 expected="no teacher: it would be ignored",
                 fix="remove teacher.path, or set objective.loss=rkl",
             )
+        # The embedded engine reports the law that it samples from; the data's answers have none.
+        check_run(self.objective, log_probs=self.on_policy)
         if self.objective.loss_agg.endswith("norm") and not self.trainer.max_sequence:
             raise UserError(
                 f"objective.loss_agg = {self.objective.loss_agg} without trainer.max_sequence",
@@ -102,8 +107,29 @@ class Config:
         """Whether the student samples; otherwise it is trained on the data's answers."""
         return self.objective.needs_teacher
 
+    @property
+    def warnings(self) -> list[str]:
+        """What this run does that is allowed and likely to surprise."""
+        law = self.rollout
+        return warnings(
+            self.objective, temperature=law.temperature, top_p=law.top_p, top_k=law.top_k
+        )
+
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """A Config from a TOML file (or from defaults) and `section.key=value` overrides."""
-    values = read_toml(path) if path else {}
-    return build(Config, apply_overrides(values, overrides))
+    return make_config(read_toml(path) if path else {}, overrides)
+
+
+def make_config(values: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """A Config from a TOML file's values and overrides, with the objective's preset filled in.
+
+    A preset that is an override takes the place of the file's whole [objective].
+    """
+    named = apply_overrides({}, overrides).get("objective")
+    if isinstance(named, dict) and "preset" in named:
+        values["objective"] = {}
+    values = apply_overrides(values, overrides)
+    if isinstance(values.get("objective"), dict):
+        values["objective"] = with_preset(values["objective"])
+    return build(Config, values)

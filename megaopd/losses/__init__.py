@@ -17,7 +17,10 @@ from megaopd.losses.fused_head import (
     fused_linear_log_prob,
     fused_linear_objectives,
 )
+from megaopd.losses.importance import tis_weights, vopd_baseline
 from megaopd.losses.reduce import LOSS_AGG, loss_weights
+from megaopd.losses.sampled import sampled_loss, sampled_terms
+from megaopd.losses.sinkhorn import sinkhorn_divergence
 from megaopd.losses.terms import CrossEntropy, Divergence, Entropy, Sampled, Target
 from megaopd.losses.topk import vocab_parallel_topk
 
@@ -36,7 +39,12 @@ __all__ = [
     "fused_linear_log_prob",
     "fused_linear_objectives",
     "loss_weights",
+    "sampled_loss",
+    "sampled_terms",
+    "sinkhorn_divergence",
+    "tis_weights",
     "vocab_parallel_divergence",
     "vocab_parallel_log_prob",
     "vocab_parallel_topk",
+    "vopd_baseline",
 ]

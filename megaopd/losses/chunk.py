@@ -33,7 +33,7 @@ from megaopd.losses.evaluate import Contributions, Evaluation, Labels, evaluate_
 from megaopd.losses.lists import head_laws
 from megaopd.losses.native import NativeBlocks, make_blocks
 from megaopd.losses.plan import Plan
-from megaopd.losses.topk import Head, contains, global_lists, take_out_
+from megaopd.losses.topk import MASKED, Head, contains, global_lists, take_out_
 from megaopd.losses.vocab_parallel import all_reduce_max_, all_reduce_sum_
 
 Moments = dict[str, Tensor]  # name -> [C]
@@ -43,13 +43,26 @@ Moments = dict[str, Tensor]  # name -> [C]
 class ChunkLoss:
     """values [terms, C] and stats (name -> [C]) are complete; dz = grad * scale[:, None].
 
-    The token weights are in scale or in grad already; scale None is 1.
+    The token weights are in scale or in grad already; scale None is 1. Where dz is 0 but at a few
+    tokens, grad is Listed instead of [C, Vp].
     """
 
     values: Tensor
     stats: dict[str, Tensor]
-    grad: Tensor | None = None
+    grad: "Tensor | Listed | None" = None
     scale: Tensor | None = None
+
+
+@dataclass
+class Listed:
+    """A gradient that lives on a list of local columns: columns, values [C, K] (0: not owned)."""
+
+    columns: Tensor
+    values: Tensor
+
+    def dense(self, width: int) -> Tensor:
+        full = self.values.new_zeros(self.values.shape[0], width)
+        return full.scatter_add_(1, self.columns, self.values)
 
 
 @dataclass
@@ -75,17 +88,29 @@ def run_chunk(
     blocks = make_blocks(plan, s, t, want_grad, tops)
     norm, moments, tail = _moments(plan, blocks, labels, head)
     unit = len(plan.terms) == 1
-    factors = weights.new_ones(1, s.shape[0]) if unit else weights * plan.factors(weights)
+    # Rows are scaled one by one: a list of numbers made a tensor would be a copy from the host.
+    rows = zip(weights, plan.factors, strict=True)
+    factors = weights.new_ones(1, s.shape[0]) if unit else torch.stack([w * f for w, f in rows])
     facts = Evaluation(norm, moments, tail, labels, head, teacher_list, batch.inputs)
     values, coefs, extra = evaluate_terms(plan, facts, factors)
     if coefs.parts:
         _general(plan, blocks, norm, coefs, head, values)
-    out = ChunkLoss(values * plan.tau_squared(values), facts.stats(plan))
+    for value, factor in zip(values, plan.tau_squared, strict=True):
+        value *= factor
+    out = ChunkLoss(values, facts.stats(plan))
     if want_grad:
-        out.grad, scale = blocks.gradient(norm, coefs)
-        _add_lists_(out.grad, scale, plan, facts, coefs, extra)
+        if plan.program == "zero" and plan.sparse(s) and head is not None:
+            owned, columns = plan.shard.owned(head.ids)
+            dz = _list_gradient(plan, facts, coefs, extra).to(norm.m_s.dtype)
+            out.grad, scale = Listed(columns, torch.where(owned, dz, 0.0)), None
+        else:
+            on_list = coefs.p
+            coefs.p = on_list if extra.rest is None else on_list + extra.rest
+            out.grad, scale = blocks.gradient(norm, coefs)
+            coefs.p = on_list
+            _add_lists_(out.grad, scale, plan, facts, coefs, extra)
         if unit:
-            weight = weights[0] * plan.factors(weights)[0]
+            weight = weights[0] * plan.factors[0]
             scale = weight if scale is None else scale * weight
         out.scale = scale
     return out
@@ -144,7 +169,7 @@ def _label_first(
     place = torch.arange(ids.shape[1] - 1, device=ids.device)
     place = place + (place >= drop[:, None])
     rest = [x.gather(1, place) for x in (ids, s, t)]
-    first = [labels[:, None], torch.zeros_like(s[:, :1]), torch.zeros_like(t[:, :1])]
+    first = [labels[:, None], *(torch.full_like(x[:, :1], MASKED) for x in (s, t))]
     return tuple(torch.cat(pair, 1) for pair in zip(first, rest, strict=True))  # pyright: ignore
 
 
@@ -248,21 +273,8 @@ def _add_lists_(
     inverse = None if scale is None else 1.0 / scale
     head = facts.head
     if head is not None:
-        laws = head_laws(head, facts.norm)
-        dz = laws.p * coefs.p[:, None]
-        if coefs.pd is not None:
-            dz = dz + laws.p * (head.s - head.t) * coefs.pd[:, None]
-        if coefs.px is not None:
-            dz = dz + laws.p * laws.x * coefs.px[:, None]
-        if coefs.q is not None:
-            dz = dz + laws.q * coefs.q[:, None]
-        for kind, parameter, coef in coefs.parts:
-            dz = dz + KINDS[kind].pair(laws, parameter)[1] * coef[:, None]
-        for part in extra.head:
-            dz = dz + part
+        dz = _list_gradient(plan, facts, coefs, extra)
         owned, column = plan.shard.owned(head.ids)
-        slope = plan.slope(head.s)
-        dz = dz if slope is None else dz * slope
         dz = (dz if inverse is None else dz * inverse[:, None]).to(grad.dtype)
         grad.scatter_add_(1, column, torch.where(owned, dz, 0.0))
     labels = facts.labels
@@ -271,3 +283,22 @@ def _add_lists_(
         dy = extra.label if slope is None else extra.label * slope
         dy = (dy if inverse is None else dy * inverse).to(grad.dtype)
         grad.scatter_add_(1, labels.column[:, None], torch.where(labels.owned, dy, 0.0)[:, None])
+
+
+def _list_gradient(plan: Plan, facts: Evaluation, coefs: Coefs, extra: Contributions) -> Tensor:
+    """dz [C, K] at the listed tokens: the passes over the vocabulary left them at 0."""
+    head, laws = facts.head, facts.laws
+    assert head is not None and laws is not None
+    dz = laws.p * coefs.p[:, None]
+    if coefs.pd is not None:
+        dz = dz + laws.p * (head.s - head.t) * coefs.pd[:, None]
+    if coefs.px is not None:
+        dz = dz + laws.p * laws.x * coefs.px[:, None]
+    if coefs.q is not None:
+        dz = dz + laws.q * coefs.q[:, None]
+    for kind, parameter, coef in coefs.parts:
+        dz = dz + KINDS[kind].pair(laws, parameter)[1] * coef[:, None]
+    for part in extra.head:
+        dz = dz + part
+    slope = plan.slope(head.s)
+    return dz if slope is None else dz * slope

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megaopd.errors import UserError
-from megaopd.losses.chunk import Batch
+from megaopd.losses.chunk import Batch, Listed
 from megaopd.losses.engine import Engine, make_engine
 from megaopd.losses.terms import CrossEntropy, Target, Term, divergence_term
 from megaopd.losses.vocab_parallel import Group, Shard
@@ -154,6 +154,7 @@ class _VocabParallelLoss(torch.autograd.Function):
             for name, value in found.items():
                 stats.setdefault(name, torch.empty_like(loss))[rows] = value
             if grad is not None and dz is not None:
+                dz = dz.dense(engine.shard.valid) if isinstance(dz, Listed) else dz
                 dz = dz if scale is None else dz.mul_(scale[:, None])
                 grad[rows, : engine.shard.valid] = dz
         ctx.save_for_backward(grad)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megaopd.errors import UserError
-from megaopd.losses.chunk import Batch, ChunkLoss, run_chunk
+from megaopd.losses.chunk import Batch, ChunkLoss, Listed, run_chunk
 from megaopd.losses.kernels import native
 from megaopd.losses.plan import Plan, is_pld, make_plans
 from megaopd.losses.targets import apply_target_
@@ -58,7 +58,7 @@ class Engine:
         batch: Batch,
         weights: Tensor,
         want_grad: bool,
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | Listed | None, Tensor | None]:
         """(values [n, C], stats, D, scale) with d loss / d logits = D * scale[:, None].
 
         s, t, base [C, Vp]: raw logits, overwritten; D lies in one of them. weights [n, C].
@@ -77,15 +77,20 @@ class Engine:
             laws = (s, t, base)
             if i + 1 < len(self.plans):
                 laws = tuple(None if x is None else x.clone() for x in laws)
-            out = _run_plan(plan, *laws, batch, weights[list(plan.rows)], want_grad)  # pyright: ignore
-            values[list(plan.rows)] = out.values
+            mine = torch.stack([weights[row] for row in plan.rows])
+            out = _run_plan(plan, *laws, batch, mine, want_grad)  # pyright: ignore
+            for row, value in zip(plan.rows, out.values, strict=True):
+                values[row] = value
             stats |= out.stats
+            if isinstance(out.grad, Listed) and (len(self.plans) > 1 or slope is not None):
+                out.grad = out.grad.dense(s.shape[1])
             if out.grad is None or len(self.plans) == 1:
                 total, scale = out.grad, out.scale
                 continue
+            assert not isinstance(out.grad, Listed) and not isinstance(total, Listed)
             grad = out.grad if out.scale is None else out.grad.mul_(out.scale[:, None])
             total = grad if total is None else total.add_(grad)
-        if total is not None and slope is not None:
+        if slope is not None and isinstance(total, Tensor):
             total.mul_(slope)
         return values, stats, total, scale
 

@@ -17,7 +17,7 @@ from megaopd.losses.divergences import Laws
 from megaopd.losses.importance import vopd_baseline
 from megaopd.losses.lists import ListLoss, head_laws, plackett_luce, sampled_tail, truncated
 from megaopd.losses.plan import Plan, is_general
-from megaopd.losses.sampled import sampled_terms
+from megaopd.losses.sampled import ESTIMATORS, sampled_terms
 from megaopd.losses.terms import CrossEntropy, Divergence, Entropy, Sampled, Term
 from megaopd.losses.topk import Head
 
@@ -39,6 +39,7 @@ class Contributions:
 
     head: list[Tensor] = field(default_factory=list)
     label: Tensor | None = None
+    rest: Tensor | None = None  # [C], p's coefficient off the list only
 
     def at_label(self, coef: Tensor) -> None:
         self.label = coef if self.label is None else self.label + coef
@@ -222,11 +223,12 @@ def _list_loss(term: Divergence, facts: Evaluation) -> ListLoss:
     old = facts.inputs.get("old_log_prob")
     ratio = torch.ones_like(log_p) if old is None else (log_p - old).clamp(-20, 20).exp()
     outside = ~((head.ids == facts.labels.ids[:, None]) & member).any(1)
-    return sampled_tail(loss, log_p - facts.log_prob("t"), outside, ratio)
+    return sampled_tail(laws, loss, log_p - facts.log_prob("t"), outside, ratio)
 
 
 def _listed(loss: ListLoss, scale: Tensor, coefs: Coefs, extra: Contributions) -> Tensor:
-    coefs.p = coefs.p + scale * loss.const.to(scale.dtype)
+    rest = scale * loss.const.to(scale.dtype)
+    extra.rest = rest if extra.rest is None else extra.rest + rest
     extra.head.append(scale[:, None] * loss.coef)
     if loss.label_coef is not None:
         extra.at_label(scale * loss.label_coef.to(scale.dtype))
@@ -234,12 +236,13 @@ def _listed(loss: ListLoss, scale: Tensor, coefs: Coefs, extra: Contributions) -
 
 
 def _sampled(term: Sampled, facts: Evaluation) -> tuple[Tensor, Tensor]:
-    inputs = dict(facts.inputs)
+    known = ESTIMATORS[term.estimator].inputs if term.estimator in ESTIMATORS else facts.inputs
+    inputs = {name: x for name, x in facts.inputs.items() if name in known}
     if term.baseline is not None:
         inputs["baseline"] = _baseline(term.baseline, facts)
     return sampled_terms(
         facts.log_prob("s"),
-        facts.log_prob("t"),
+        facts.log_prob("t") if "teacher_log_prob" in known else None,
         estimator=term.estimator,
         **inputs,
         **term.options,

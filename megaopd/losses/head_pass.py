@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megaopd.errors import UserError
-from megaopd.losses.chunk import Batch
+from megaopd.losses.chunk import Batch, Listed
 from megaopd.losses.engine import Engine, chunk_inputs
 from megaopd.losses.vocab_parallel import all_gather_rows, group_size, start_sum_rows
+
+LISTED_ELEMENTS = 1 << 22  # of the products over a list that exist at once
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,10 @@ class _Gradients:
         if need[1] and passed.into_main_grad:
             self.main = weight.main_grad  # pyright: ignore[reportAttributeAccessIssue]
         elif need[1]:
-            self.weight = torch.zeros_like(weight, dtype=wide)
+            # Not zeroed: the first chunk writes it.
+            self.weight = torch.empty_like(weight, dtype=wide)
+            self.weight[passed.engine.shard.valid :] = 0
+        self._written = self.weight is None
         self.bias = weight.new_zeros(weight.shape[0], dtype=wide) if need[2] else None
         self._work: Any = None
         self._flight: tuple[Tensor, Tensor, slice] | None = None
@@ -144,10 +150,34 @@ class _Gradients:
             own = target[: weight.shape[0]]
             hidden_CH = hidden_CH.to(weight.dtype)
             hidden_CH = hidden_CH if scale is None else hidden_CH * scale[:, None]
-            if own.dtype == weight.dtype:
+            if not self._written and own.dtype == weight.dtype:
+                torch.mm(grad.t(), hidden_CH, out=own)
+                self._written = True
+            elif own.dtype == weight.dtype:
                 own.addmm_(grad.t(), hidden_CH)
             else:
+                self._zero()
                 own.add_(grad.t() @ hidden_CH)
+
+    def add_listed(
+        self, grad: Listed, scale: Tensor | None, hidden_CH: Tensor, rows: slice
+    ) -> None:
+        """The same where dz is 0 but on a list: products over K columns instead of Vp."""
+        values = grad.values if scale is None else grad.values * scale[:, None]
+        if self.bias is not None:
+            self.bias.index_add_(0, grad.columns.flatten(), values.flatten())
+        if self.hidden is not None:
+            weights = values.to(self.source.dtype)
+            dh = F.embedding_bag(grad.columns, self.source, mode="sum", per_sample_weights=weights)
+            self._send(dh, rows)
+        self._zero()
+        target = self.main if self.main is not None else self.weight
+        if target is not None:
+            step = max(1, LISTED_ELEMENTS // (values.shape[1] * hidden_CH.shape[1]))
+            for a in range(0, values.shape[0], step):
+                part = slice(a, a + step)
+                outer = values[part, :, None] * hidden_CH[part, None, :].to(values.dtype)
+                target.index_add_(0, grad.columns[part].flatten(), outer.flatten(0, 1))
 
     def _send(self, dh: Tensor, rows: slice) -> None:
         """Sums the hidden gradient over the group while the next chunk is computed."""
@@ -159,6 +189,15 @@ class _Gradients:
             return
         self._work, result = start_sum_rows(dh, group, scatter=self.passed.ranks > 1)
         self._flight = (result, dh, rows)  # dh must outlive the collective
+
+    def _zero(self) -> None:
+        if not self._written and self.weight is not None:
+            self.weight.zero_()
+        self._written = True
+
+    def finish(self) -> None:
+        self.wait()
+        self._zero()
 
     def wait(self) -> None:
         if self._work is not None and self._flight is not None and self.hidden is not None:
@@ -203,11 +242,14 @@ class _FusedHead(torch.autograd.Function):
             passed.put(values, c, value)
             for name, x in found.items():
                 passed.put(stats.setdefault(name, torch.empty_like(values[0])), c, x)
-            if dz is not None:
+            if isinstance(dz, Listed):
+                grads.add_listed(dz, scale, h, c)
+            elif dz is not None:
                 grads.add(dz, scale, h, c)
-        grads.wait()
-        ctx.save_for_backward(grads.hidden, grads.weight, grads.bias, weight)
-        ctx.main_grad = grads.main is not None
+        grads.finish()
+        # Not saved_tensors: backward scales them in place, so as not to hold two weight gradients.
+        ctx.grads = [grads.hidden, grads.weight, grads.bias]
+        ctx.weight, ctx.main_grad = weight, grads.main is not None
         ctx.mark_non_differentiable(values)
         ctx.set_materialize_grads(False)
         # A masked token may have an infinite loss (padding can hold anything): 0 * inf must be 0.
@@ -216,19 +258,15 @@ class _FusedHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight, grad_bias, weight = ctx.saved_tensors
-        scale = upstream[0]
+        scale, weight = upstream[0], ctx.weight
         if scale is None:
             return (None,) * 5
+        if ctx.grads is None:
+            raise RuntimeError("a fused loss gives its gradients once: backward() was called twice")
         # Always multiplied: asking whether the scale is 1 would wait for the device.
-        out = [
-            None if x is None else (x * scale).to(dtype)
-            for x, dtype in (
-                (grad_hidden, None if grad_hidden is None else grad_hidden.dtype),
-                (grad_weight, weight.dtype),
-                (grad_bias, weight.dtype),
-            )
-        ]
+        out = [None if x is None else x.mul_(scale) for x in ctx.grads]
+        ctx.grads = None
+        out[1:] = [None if x is None else x.to(weight.dtype) for x in out[1:]]
         if ctx.main_grad:
             out[1] = _main_grad_dummy(weight, scale)
         return (*out, None, None)

@@ -3,15 +3,17 @@
 The list (a head, topk.py) is complete on every rank, so nothing here communicates. Each loss gives
 its value and a gradient of the form
 
-    dz_v = p_v * const + coef_v on the list          (const: every v of the vocabulary)
+    dz_v = coef_v on the list, p_v * const elsewhere
 
 With S the support, m its indicator, P = p(S), Q = q(S), c = sum_S p rho, the gradients are those of
 "The Many Faces of On-Policy Distillation" (arXiv 2605.11182), for any f-divergence with G = p g:
 
-    unnorm  sum_S p f(r)                     coef = m G                  const = -sum_S G
-    sg      c = sum_S p sg[rho]  (rkl)       coef = m p rho              const = -c
+    unnorm  sum_S p f(r)                     coef = m G - p sum_S G      const = -sum_S G
+    sg      c = sum_S p sg[rho]  (rkl)       coef = m p rho - p c        const = -c
     renorm  D_f(p/P, q/Q on S)               coef = m (G' - p' sum G')   const = 0
-    tail    D_f on K+1 buckets               coef = m (G - p g_tail)     const = g_tail - sum G
+    tail    D_f on K+1 buckets               coef = G - p sum G          const = g_tail - sum G
+
+On the list g_tail, which grows as 1/(tail mass), never enters: it would have to cancel.
 
 Shapes: C rows, K entries of the list. All in fp64: a few buckets of nearly equal laws cancel.
 """
@@ -26,6 +28,7 @@ from megaopd.losses.divergences import KINDS, Laws
 from megaopd.losses.topk import Head
 
 TAIL_FLOOR = 1e-30
+SLOPE_LIMIT = 1e36  # of the tail's gradient per unit of mass; p times it stays in fp32
 TAIL_DROP = 1e-12  # below this in both laws the tail bucket is rounding noise
 
 
@@ -63,19 +66,23 @@ def truncated(
     if variant == "unnorm":
         term, g = KINDS[kind].pair(laws, parameter)
         coef = _on(member, g)
-        return ListLoss(_on(member, term).sum(1), -coef.sum(1), coef)
+        total = coef.sum(1)
+        return ListLoss(_on(member, term).sum(1), -total, coef - laws.p * total[:, None])
     term = _on(member, laws.p * (laws.x - laws.y))
     value = term.sum(1)
-    return ListLoss(value, -value, term)
+    return ListLoss(value, -value, term - laws.p * value[:, None])
 
 
-def sampled_tail(head: ListLoss, log_ratio: Tensor, outside: Tensor, ratio: Tensor) -> ListLoss:
+def sampled_tail(
+    laws: Laws, head: ListLoss, log_ratio: Tensor, outside: Tensor, ratio: Tensor
+) -> ListLoss:
     """sg on S plus sg[rho_y] log p_y where the sampled token y is outside S: unbiased for rkl.
 
     log_ratio = log p(y) - log q(y), outside: 1 where y is not in S, ratio = p(y)/p_old(y); all [C].
     """
     slope = torch.where(outside, log_ratio * ratio, 0.0)
-    return ListLoss(head.value + slope, head.const - slope, head.coef, slope)
+    on_list = head.coef - laws.p * slope[:, None]
+    return ListLoss(head.value + slope, head.const - slope, on_list, slope)
 
 
 def plackett_luce(laws: Laws, tail_p: Tensor) -> ListLoss:
@@ -88,7 +95,7 @@ def plackett_luce(laws: Laws, tail_p: Tensor) -> ListLoss:
     suffix = laws.p.flip(1).cumsum(1).flip(1) + tail_p[:, None]
     reach = (laws.q / suffix).cumsum(1)
     value = (laws.q * (suffix.log() - laws.x)).sum(1)
-    return ListLoss(value, reach[:, -1], laws.p * (reach - reach[:, -1:]) - laws.q)
+    return ListLoss(value, reach[:, -1], laws.p * reach - laws.q)
 
 
 def _tail(
@@ -100,10 +107,12 @@ def _tail(
     bucket = Laws.of(x, y)
     tail_term, tail_g = pair(bucket, parameter)
     keep = ((tail_p >= TAIL_DROP) | (tail_q >= TAIL_DROP)).to(term.dtype)
-    slope = keep * tail_g / bucket.p  # the gradient's G of the bucket, per unit of its mass
-    total = _on(member, g).sum(1) + keep * tail_g
+    keep_g = torch.where(tail_p >= TAIL_FLOOR, keep, 0.0)  # the floor stops the gradient
+    total = _on(member, g).sum(1) + keep_g * tail_g
+    const = (keep_g * tail_g / bucket.p).clamp(-SLOPE_LIMIT, SLOPE_LIMIT) - total
     value = _on(member, term).sum(1) + keep * tail_term
-    return ListLoss(value, slope - total, _on(member, g - laws.p * slope[:, None]))
+    coef = torch.where(member, g - laws.p * total[:, None], laws.p * const[:, None])
+    return ListLoss(value, const, coef)
 
 
 def _renorm(kind: str, parameter: float, laws: Laws, member: Tensor) -> ListLoss:

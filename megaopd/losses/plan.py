@@ -23,6 +23,9 @@ from megaopd.losses.terms import (
 from megaopd.losses.vocab_parallel import Shard, group_size
 
 DEFAULT_CHUNK = 256
+# Vocabulary per list entry from which products over the list beat dense ones; 0: never (on CUDA the
+# weight gradient's scattered sums would not be reproducible).
+SPARSE_SHARE = {"cpu": 16, "cuda": 0}
 # Full-vocabulary kinds whose value and gradient need no second round of sums.
 _MOMENTS = {
     "rkl": ("d_s",),
@@ -92,6 +95,11 @@ class Plan:
             return kinds.pop()
         return "zero" if all(map(_on_list_only, self.terms)) else "p"
 
+    def sparse(self, s: Tensor) -> bool:
+        """Is a gradient on the list alone worth products of its own?"""
+        share = SPARSE_SHARE[s.device.type]
+        return self.lists is not None and bool(share) and self.lists.k * share <= s.shape[1]
+
     @property
     def complete(self) -> bool:
         """One shard and one divergence: a block's gradient needs nothing from elsewhere."""
@@ -124,17 +132,17 @@ class Plan:
         """Positions of the terms whose value comes from the second round."""
         return [i for i, t in enumerate(self.terms) if is_general(t)]
 
-    def factors(self, like: Tensor) -> Tensor:
-        """[terms, 1]: d value / d raw logits over d value / d scaled logits, per term."""
+    @property
+    def factors(self) -> list[float]:
+        """By term: d value / d raw logits over d value / d scaled logits."""
         tau = self.temperature
         # pld's student is not scaled: its temperature is that of the teacher's weights.
-        by_term = [tau if _squared(t) else 1.0 if is_pld(t) else 1.0 / tau for t in self.terms]
-        return like.new_tensor(by_term)[:, None]
+        return [tau if _squared(t) else 1.0 if is_pld(t) else 1.0 / tau for t in self.terms]
 
-    def tau_squared(self, like: Tensor) -> Tensor:
-        """[terms, 1]: temperature^2 where it keeps the size of a divergence's gradient."""
-        tau = self.temperature
-        return like.new_tensor([[tau * tau if _squared(t) else 1.0] for t in self.terms])
+    @property
+    def tau_squared(self) -> list[float]:
+        """By term: temperature^2 where it keeps the size of a divergence's gradient."""
+        return [self.temperature**2 if _squared(t) else 1.0 for t in self.terms]
 
 
 def is_general(term: Term) -> bool:

@@ -88,11 +88,11 @@ def global_lists(
     local = []
     for x in wanted:
         value, column = local_topk(x, k)
-        inside = column.clamp_max(max(x.shape[1] - 1, 0))
-        pair = [
-            z.gather(1, inside).to(value) if x.shape[1] else torch.full_like(value, _NONE)
-            for z in (s, t)
-        ]
+        filled = column == _TOP_ID  # a shard of fewer than k ids: below every real entry
+        pair = [torch.full_like(value, _NONE) for _ in range(2)]
+        if x.shape[1]:
+            inside = torch.where(filled, 0, column)
+            pair = [torch.where(filled, _NONE, z.gather(1, inside).to(value)) for z in (s, t)]
         local.append((value, column + shard.offset, pair))
     lists = []
     packed = torch.stack(

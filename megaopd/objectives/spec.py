@@ -1,41 +1,142 @@
-"""What a run minimises, as configuration."""
+"""What a run minimises, as configuration: one loss on the sampled tokens, and terms beside it.
+
+Of METHODS' axes: target, divergence, support and variant, or an estimator on the sampled token;
+token weights (tis) and reduction (loss_agg). 0 and "" stand for the default of the chosen loss.
+"""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from megaopd.errors import UserError
-
-DIVERGENCES = ("rkl", "fkl")
+from megaopd.objectives.names import (
+    DEFAULT_BASELINE,
+    DEFAULT_BASELINE_K,
+    DEFAULT_K,
+    DIVERGENCES,
+    ESTIMATORS,
+    LIST_STATS,
+)
+from megaopd.objectives.presets import with_preset
+from megaopd.objectives.validate import check
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The loss of one optimizer step: divergence, temperature and reduction."""
+    """The loss of one optimizer step: what each token costs, and how tokens make one number.
 
-    # rkl: KL(student || teacher); fkl: KL(teacher || student); sft: -log p(token) without a teacher
-    loss: Literal["rkl", "fkl", "sft"] = "rkl"
+    A preset's values are filled in by `of` and by schema.load_config; the constructor only records
+    its name.
+
+    Raises:
+        UserError: names that do not exist, and combinations that objectives/validate.py refuses.
+    """
+
+    preset: str = ""  # a name of objectives/presets.py, whose values stand where none is given
+    # A divergence (rkl: KL(student || teacher), fkl: KL(teacher || student), ...), an estimator on
+    # the sampled token (k2, pg, ...), or sft: -log p(token) without a teacher.
+    loss: str = "rkl"
     temperature: float = (
         1.0  # both models' logits are divided by it; the divergence gets its square
     )
     loss_agg: Literal[
         "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
     ] = "token-mean"  # how token losses make one number; counted over the whole optimizer step
-    chunk_size: int = 1024  # tokens whose logits exist at once
+    # The tokens that a divergence looks at; "": all of them (pld, kl_top: the teacher's top-k).
+    support: Literal["", "full", "student_topk", "teacher_topk", "intersection"] = ""
+    k: int = 0  # tokens of the support; 0: none, or the default of pld (64) and kl_top (1000)
+    # What is done about the tokens outside the support; bdkd: soft or hard gate. "": the default.
+    variant: Literal[
+        "", "tail", "sg", "renorm", "unnorm", "intersect", "sampled_tail", "soft", "hard"
+    ] = ""
+    alpha: float = 0.0  # of skew_fkl, skew_rkl, alpha and bdkd's hard gate; 0: its default
+    beta: float = 0.0  # of jsd and bdkd's soft gate; 0: its default
+    # The law that the student is pulled to; geometric and linear need a base model.
+    target: Literal["teacher", "geometric", "tempered", "linear", "one_hot"] = "teacher"
+    target_weight: float = 1.0  # tempered: the teacher's exponent; one_hot: the teacher's share
+    f_kind: Literal[
+        "", "rkl", "fkl", "js", "softened_rkl", "hellinger", "jeffreys", "tv", "chi2"
+    ] = ""  # the f-divergence that f_pg estimates
+    baseline: Literal["", "value", "topk", "unnorm", "optimal"] = ""  # of vopd; "": topk
+    baseline_k: int = 0  # tokens of vopd's topk and unnorm baselines; 0: 100
+    clip_low: float = 0.0  # pg and vopd: the ratio is clipped at 1 - clip_low; 0: not at all
+    clip_high: float = 0.0  # pg and vopd: the ratio is clipped at 1 + clip_high; 0: not at all
+    cap: float = 0.0  # limit of k2's slope, of k3pp's and f_pg's ratio; 0: the estimator's default
+    # Weights p_trainer / p_engine of the sampled tokens: clipped by token or by sample (seq), or
+    # tokens (mask) or samples (reject) with a far ratio dropped. Costs one more forward pass.
+    tis: Literal["off", "token", "seq", "mask", "reject"] = "off"
+    sft_coef: float = 0.0  # of -log p(token) beside the loss, on the same tokens
+    entropy_coef: float = 0.0  # of the student's entropy as a bonus: it is subtracted
+    stats_k: int = 0  # length of a list of its own for masses, overlap and ranks; 0: none
+    i_know_biased: bool = False  # allows variant = unnorm, which drives mass out of the support
+    chunk_size: int = 0  # tokens whose logits exist at once; 0: chosen for the device
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise UserError(
-                f"objective.temperature = {self.temperature}", expected="a number above 0"
-            )
-        if self.chunk_size < 1:
-            raise UserError(f"objective.chunk_size = {self.chunk_size}", expected="at least 1")
-        if self.loss == "sft" and self.temperature != 1.0:
-            raise UserError(
-                f"objective.temperature = {self.temperature} with loss = sft",
-                expected="1.0: cross-entropy is the likelihood of the data",
-                fix="set objective.temperature=1.0",
-            )
+        check(self)
+
+    @classmethod
+    def of(cls, preset: str, **changes: Any) -> "ObjectiveConfig":
+        """The preset with some fields changed."""
+        return cls(**with_preset({"preset": preset, **changes}))
+
+    @property
+    def is_divergence(self) -> bool:
+        return self.loss in DIVERGENCES
+
+    @property
+    def is_sampled(self) -> bool:
+        """An estimator: it sees the sampled token only."""
+        return self.loss in ESTIMATORS
 
     @property
     def needs_teacher(self) -> bool:
-        return self.loss in DIVERGENCES
+        return self.loss != "sft"
+
+    @property
+    def resolved_support(self) -> str:
+        return self.support or ("teacher_topk" if self.loss in DEFAULT_K else "full")
+
+    @property
+    def resolved_baseline(self) -> str:
+        """vopd's baseline; "" for other losses."""
+        return (self.baseline or DEFAULT_BASELINE) if self.loss == "vopd" else ""
+
+    @property
+    def resolved_baseline_k(self) -> int:
+        """Length of the baseline's list; 0 where it has none."""
+        listed = self.resolved_baseline in ("topk", "unnorm")
+        return (self.baseline_k or DEFAULT_BASELINE_K) if listed else 0
+
+    @property
+    def own_k(self) -> int:
+        """Length of the list that the loss itself needs; 0: none."""
+        if self.is_divergence and self.resolved_support != "full":
+            return self.k or DEFAULT_K.get(self.loss, 0)
+        return self.resolved_baseline_k
+
+    @property
+    def passes_labels(self) -> bool:
+        """Whether the loss is given the sampled tokens.
+
+        Not pld: it would put them in front of the teacher's order, and a student's own sample is
+        no ground truth.
+        """
+        return self.loss != "pld"
+
+    @property
+    def list_statistics(self) -> tuple[str, ...]:
+        """The list statistics (METHODS 25) that the pass returns."""
+        if not (self.own_k or self.stats_k):
+            return ()
+        left_out = set()
+        if self.is_divergence and self.resolved_support == "teacher_topk":
+            left_out.add("overlap")
+        if not self.passes_labels:
+            left_out.add("teacher_rank")
+        return tuple(name for name in LIST_STATS if name not in left_out)
+
+    @property
+    def value_name(self) -> str:
+        """Name of the loss's raw token mean: kl only where it is a KL of student and teacher."""
+        if self.loss == "sft":
+            return "nll"
+        exact = self.loss in ("rkl", "fkl") and self.resolved_support == "full"
+        return "kl" if exact and self.target == "teacher" else "distill"

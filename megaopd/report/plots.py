@@ -61,7 +61,7 @@ GROUPS: tuple[PlotGroup, ...] = (
     ),
     PlotGroup(
         "Loss",
-        r"loss|nll|(^|/)value$",
+        r"loss|nll|distill|(^|/)value$",
         "The objective that is minimised. For sampled and truncated objectives its value may be "
         "negative and need not fall; then the distance to the teacher is what to read.",
     ),

@@ -28,6 +28,14 @@ class MicroBatch:
     mask_T: Any  # [T] bool
     rollout_log_probs_T: Any  # [T] float32, 0 where the rollout gave none
     has_rollout_log_probs: bool
+    # Made before the update where the objective asks for it (importance.py), on the last stage.
+    importance_weights_T: Any = None  # [T] float32: weights_T x importance weight / what survives
+    importance_sums: Any = None  # [4] float64: sum w, sum w^2, clipped or dropped, counted
+
+    def term_weights(self, *, importance: bool) -> Any:
+        """[T]: the token weights of a term, with importance weights where there are any."""
+        reweighed = importance and self.importance_weights_T is not None
+        return self.importance_weights_T if reweighed else self.weights_T
 
     def select(self, hidden: Any) -> Any:
         """[S(/TP), B, H] -> [T, H]: the rows that the loss looks at."""

@@ -9,15 +9,19 @@ from functools import partial
 from typing import Any
 
 from megaopd import faults
-from megaopd.losses import fused_linear_cross_entropy, fused_linear_divergence
+from megaopd.losses import Objective, OutputLayer, fused_linear_objectives
+from megaopd.objectives.names import LIST_STATS
 from megaopd.objectives.spec import ObjectiveConfig
+from megaopd.objectives.terms import TERMS, WeightedTerm, make_terms
 from megaopd.parallel import Grid, sum_from_last_stage
 from megaopd.trainer.batch import MicroBatch
 
-# Sums over the tokens of the step, in this order; token means are made of them at the end.
-SUMS = ("tokens", "divergence", "log_prob", "entropy")
-TEACHER_SUMS = ("teacher_log_prob", "teacher_entropy")
+# Sums over the tokens of the step, in this order; token means are made of them at the end. What an
+# objective does not have is 0, so that every rank reduces the same vector.
+STATS = ("student_log_prob", "student_entropy", "teacher_log_prob", "teacher_entropy", *LIST_STATS)
 ROLLOUT_SUMS = ("rollout_abs_diff", "rollout_k3")
+IMPORTANCE_SUMS = ("weight", "weight_squared", "outside", "counted")
+SUMS = ("loss", "tokens", *TERMS, *STATS, *ROLLOUT_SUMS, *IMPORTANCE_SUMS)
 
 
 def run_schedule(
@@ -81,8 +85,9 @@ def objective_pass(
         teacher_weight: callable that gives the teacher's [Vp, Ht] shard on the same partition.
 
     Returns:
-        loss (the objective as weighted) and the token means of SUMS, equal on every rank.
+        loss (the objective as weighted) and token means, equal on every rank: see `_metrics`.
     """
+    terms = make_terms(objective)
     given = teacher_hidden if teacher_hidden is not None else [None] * len(micro_batches)
     inputs = list(zip(micro_batches, given, strict=True))
 
@@ -96,78 +101,89 @@ def objective_pass(
     def loss_func(micro: MicroBatch, hidden_t: Any, hidden: Any) -> tuple[Any, Any, Any]:
         import torch
 
-        common = _loss_options(micro, grid, objective, vocab)
-        hidden, weight = micro.select(hidden), output_weight()
-        if hidden_t is None:
-            result = fused_linear_cross_entropy(hidden, weight, micro.labels_T, **common)
-        else:
-            result = fused_linear_divergence(
-                hidden,
-                weight,
-                hidden_t,
-                teacher_weight(),
-                kind=objective.loss,
-                temperature=objective.temperature,
-                labels=micro.labels_T,
-                **common,
-            )
+        weight = output_weight()
+        result = fused_linear_objectives(
+            micro.select(hidden),
+            weight,
+            None if hidden_t is None else OutputLayer(hidden_t, teacher_weight()),
+            _weighted(terms, micro),
+            labels=micro.labels_T if objective.passes_labels else None,
+            vocab_size=vocab,
+            group=grid.groups.tp,
+            chunk_size=objective.chunk_size or None,
+            sequence_parallel=grid.config.sequence,
+            # Nothing scales the loss after this: all factors are in the token weights.
+            into_main_grad=not forward_only and getattr(weight, "main_grad", None) is not None,
+            return_stats=True,
+            stats_k=objective.stats_k or None,
+        )
         return result.loss, torch.zeros((), dtype=torch.int), _token_sums(result, micro)
 
     sums = run_schedule(model, grid, inputs, forward_step, forward_only=forward_only)
-    return _reduce(sums, grid, teacher=teacher_hidden is not None, micro=micro_batches[0])
+    totals = _reduce(sums, grid, device=micro_batches[0].tokens.device)
+    return _metrics(totals, objective, micro_batches[0].has_rollout_log_probs)
 
 
-def _loss_options(
-    micro: MicroBatch, grid: Grid, objective: ObjectiveConfig, vocab: int
-) -> dict[str, Any]:
-    """What every fused loss is given."""
+def _weighted(terms: dict[str, WeightedTerm], micro: MicroBatch) -> dict[str, Objective]:
+    """Each term with its token weights [T]."""
     return {
-        "token_weights": micro.weights_T,
-        "vocab_size": vocab,
-        "group": grid.groups.tp,
-        "chunk_size": objective.chunk_size,
-        "sequence_parallel": grid.config.sequence,
-        "return_stats": True,
+        name: Objective(one.term, one.coef * micro.term_weights(importance=one.importance))
+        for name, one in terms.items()
     }
 
 
 def _token_sums(result: Any, micro: MicroBatch) -> Any:
-    """[n] fp64 sums over this micro-batch's tokens: the weighted loss, then SUMS and the rest."""
+    """[n] fp64 sums over this micro-batch's tokens, in the order of SUMS."""
     import torch
 
-    mask = micro.mask_T.double()
-    stats = result.stats
-    log_prob = stats["student_log_prob"].double()
-    rows = [mask, result.per_token.double() * mask]
-    rows += [log_prob * mask, stats["student_entropy"].double() * mask]
-    if "teacher_log_prob" in stats:
-        rows += [stats["teacher_log_prob"].double() * mask]
-        rows += [stats["teacher_entropy"].double() * mask]
-    else:
-        rows += [torch.zeros_like(mask)] * 2
-    # Engine against trainer on the sampled token: k3 of the trainer's law over the engine's.
-    diff = (log_prob - micro.rollout_log_probs_T.double()) * mask
-    rows += [diff.abs(), torch.expm1(diff.clamp(-20, 20)) - diff]
-    return torch.cat([result.loss.detach().double().reshape(1), torch.stack(rows).sum(1)])
+    mask = micro.mask_T
+    rows = {**result.terms, **result.stats}
+    if "student_log_prob" in rows:
+        # Engine against trainer on the sampled token: k3 of the trainer's law over the engine's.
+        diff = rows["student_log_prob"].double() - micro.rollout_log_probs_T.double()
+        diff = torch.where(mask, diff, 0.0)
+        rows["rollout_abs_diff"] = diff.abs()
+        rows["rollout_k3"] = torch.expm1(diff.clamp(-20, 20)) - diff
+    sums = {name: torch.where(mask, row.double(), 0.0).sum() for name, row in rows.items()}
+    sums |= {"loss": result.loss.detach().double(), "tokens": mask.sum().double()}
+    if micro.importance_sums is not None:
+        sums |= zip(IMPORTANCE_SUMS, micro.importance_sums.unbind(), strict=True)
+    zero = torch.zeros((), dtype=torch.float64, device=mask.device)
+    return torch.stack([sums.get(name, zero) for name in SUMS])
 
 
-def _reduce(sums: list[Any], grid: Grid, *, teacher: bool, micro: MicroBatch) -> dict[str, float]:
+def _reduce(sums: list[Any], grid: Grid, *, device: Any) -> dict[str, float]:
+    """SUMS of the whole step, the same on every rank."""
     import torch
 
-    names = ["loss", *SUMS, *TEACHER_SUMS, *ROLLOUT_SUMS]
-    device = micro.tokens.device
-    local = torch.stack(sums).sum(0) if sums else torch.zeros(len(names), dtype=torch.float64)
-    total = dict(zip(names, sum_from_last_stage(local.to(device), grid).tolist(), strict=True))
-    tokens = total["tokens"]
-    means = {name: value / max(tokens, 1.0) for name, value in total.items()}
-    metrics = {"loss": total["loss"], "tokens": tokens, "entropy": means["entropy"]}
-    if teacher:
-        metrics["kl"] = means["divergence"]
+    local = torch.stack(sums).sum(0) if sums else torch.zeros(len(SUMS), dtype=torch.float64)
+    return dict(zip(SUMS, sum_from_last_stage(local.to(device), grid).tolist(), strict=True))
+
+
+def _metrics(
+    totals: dict[str, float], objective: ObjectiveConfig, has_rollout_log_probs: bool
+) -> dict[str, float]:
+    """Token means by the name that they are logged under.
+
+    The loss's raw value is kl, nll or distill (objective.value_name). Entropies, log-probs and list
+    statistics are those of the objective's temperature and target.
+    """
+    tokens = totals["tokens"]
+    means = {name: value / max(tokens, 1.0) for name, value in totals.items()}
+    metrics = {"loss": totals["loss"], "tokens": tokens, "entropy": means["student_entropy"]}
+    if objective.needs_teacher:
+        metrics[objective.value_name] = means["distill"]
         metrics["teacher_entropy"] = means["teacher_entropy"]
-        metrics["log_ratio"] = means["log_prob"] - means["teacher_log_prob"]
-    else:
-        metrics["nll"] = means["divergence"]
-    if micro.has_rollout_log_probs:
+        if objective.passes_labels:
+            metrics["log_ratio"] = means["student_log_prob"] - means["teacher_log_prob"]
+    if objective.loss == "sft" or objective.sft_coef:
+        metrics["nll"] = means["sft"]
+    metrics |= {name: means[name] for name in objective.list_statistics}
+    if has_rollout_log_probs and objective.passes_labels:
         metrics["rollout_log_prob_diff"] = means["rollout_abs_diff"]
         metrics["rollout_k3"] = means["rollout_k3"]
+    if totals["counted"]:
+        squares = tokens * totals["weight_squared"]
+        metrics["tis/ess"] = totals["weight"] ** 2 / squares if squares else 0.0
+        metrics["tis/clip_fraction"] = totals["outside"] / totals["counted"]
     return metrics

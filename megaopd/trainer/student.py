@@ -9,9 +9,11 @@ from megaopd.models.config import ModelConfig
 from megaopd.models.convert import load_weights
 from megaopd.models.weights import WeightStream
 from megaopd.objectives.spec import ObjectiveConfig
+from megaopd.objectives.validate import needs
 from megaopd.parallel import Grid
 from megaopd.trainer.batch import MicroBatch
 from megaopd.trainer.config import OptimConfig
+from megaopd.trainer.importance import with_importance_weights
 from megaopd.trainer.optim import make_optimizer, make_schedule, wrap_ddp
 from megaopd.trainer.step import objective_pass
 from megaopd.trainer.teacher import Teacher
@@ -63,8 +65,18 @@ class Student:
 
         Raises:
             RuntimeError: a NaN gradient (megatron-core's check).
+            UserError: importance weights for samples without log-probs.
         """
         hidden = teacher.hidden_states(micro_batches) if teacher else None
+        if needs(self.objective).old_log_prob_pass:
+            micro_batches = with_importance_weights(
+                self.ddp,
+                self.model.output_weight,
+                self.grid,
+                micro_batches,
+                self.objective,
+                vocab=self.vocab,
+            )
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         metrics = self._pass(micro_batches, teacher, hidden, forward_only=False)
@@ -78,7 +90,7 @@ class Student:
     def score(
         self, micro_batches: Sequence[MicroBatch], teacher: Teacher | None = None
     ) -> dict[str, float]:
-        """The objective's metrics on these micro-batches, without a gradient."""
+        """The objective's metrics on these micro-batches: no gradient, no importance weights."""
         import torch
 
         with torch.no_grad():

@@ -92,6 +92,14 @@ class Inputs:
 
     def clear_gradients(self) -> None:
         self.hidden.grad = self.weight.grad = None
+        if hasattr(self.weight, "main_grad"):
+            self.weight.main_grad.zero_()
+
+    def make_main_grad(self) -> None:
+        """The buffer that Megatron keeps for a weight, once for all methods."""
+        if not hasattr(self.weight, "main_grad"):
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            self.weight.main_grad = torch.zeros_like(self.weight, dtype=wide, requires_grad=False)
 
 
 @dataclass
@@ -111,7 +119,8 @@ class Method:
 
     `objective` holds keywords of megaopd.losses.reference.divergence. `logits_copies`: how many
     fp32 tensors of all tokens' logits live at once, roughly. `partial_loss`: each rank's loss is a
-    part of a sum over ranks.
+    part of a sum over ranks. `main_grad`: the weight gradient goes to weight.main_grad, a buffer
+    that is there before, as for the bare products.
     """
 
     name: str
@@ -122,6 +131,7 @@ class Method:
     tensor_parallel: bool = True
     logits_copies: int = 0
     partial_loss: bool = False
+    main_grad: bool = False
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -137,18 +147,25 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def our_methods() -> list[Method]:
-    """Each case without and with statistics ("+stats")."""
+    """Each case without and with statistics ("+stats"), and accumulating into main_grad."""
     methods = []
     for name, objective in CASES.items():
         note = ", ".join(str(value) for value in objective.values())
         plain = Method(name, objective, _ours(objective, stats=False), note, ours=True)
         methods.append(plain)
         methods.append(replace(plain, name=f"{name}+stats", build=_ours(objective, stats=True)))
+        into = _ours(objective, stats=False, main_grad=True)
+        methods.append(replace(plain, name=f"{name}>main_grad", build=into, main_grad=True))
     return methods
 
 
-def _ours(objective: dict[str, Any], stats: bool) -> Callable[[Inputs], Forward]:
+def _ours(
+    objective: dict[str, Any], stats: bool, main_grad: bool = False
+) -> Callable[[Inputs], Forward]:
     def build(inputs: Inputs) -> Forward:
+        if main_grad:
+            inputs.make_main_grad()
+
         def forward() -> Outcome:
             result = fused_linear_divergence(
                 inputs.hidden,
@@ -160,6 +177,7 @@ def _ours(objective: dict[str, Any], stats: bool) -> Callable[[Inputs], Forward]
                 return_stats=stats,
                 group=inputs.group,
                 chunk_size=inputs.shape.chunk,
+                into_main_grad=main_grad,
                 **objective,
             )
             return Outcome(result.loss, [result.per_token, *result.stats.values()])

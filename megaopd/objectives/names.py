@@ -1,0 +1,91 @@
+"""The names that a configuration may use, without torch: tests hold them against losses/.
+
+What the losses do is in losses/terms.py, divergences.py and sampled.py. Here is what a
+configuration has to be checked against before torch is imported.
+"""
+
+DIVERGENCES = (
+    "rkl", "fkl", "jsd", "skew_fkl", "skew_rkl", "tv", "hellinger", "jeffreys", "chi2",
+    "softened_rkl", "alpha", "bdkd", "pld", "kl_top",
+)  # fmt: skip
+# Estimators on the sampled token that need no rewards.
+ESTIMATORS = ("k1_reward", "k2", "k3", "k3pp", "k5", "pg", "vopd", "f_pg")
+LOSSES = (*DIVERGENCES, *ESTIMATORS, "sft")
+
+SUPPORTS = ("full", "student_topk", "teacher_topk", "intersection")
+VARIANTS = ("tail", "sg", "renorm", "unnorm", "intersect", "sampled_tail")
+TARGETS = ("teacher", "geometric", "tempered", "linear", "one_hot")
+BASELINES = ("value", "topk", "unnorm", "optimal")
+F_KINDS = ("rkl", "fkl", "js", "softened_rkl", "hellinger", "jeffreys", "tv", "chi2")
+TIS_MODES = ("off", "token", "seq", "mask", "reject")
+LIST_STATS = ("mass_student", "mass_teacher", "bucket_kl", "overlap", "teacher_rank")
+
+# Lists of these lengths where objective.k is 0; other truncated divergences have no default.
+DEFAULT_K = {"pld": 64, "kl_top": 1000}
+DEFAULT_BASELINE, DEFAULT_BASELINE_K = "topk", 100
+
+# The field that a divergence's one number is in; bdkd's depends on its variant.
+PARAMETER = {"jsd": "beta", "skew_fkl": "alpha", "skew_rkl": "alpha", "alpha": "alpha"}
+# Which estimators take which numbers.
+CLIPPED = ("pg", "vopd")
+CAPPED = ("k2", "k3pp", "f_pg")
+
+# Names that one may expect as objective.loss: why they are not, and what to take instead.
+REFUSED: dict[str, tuple[str, str]] = {
+    "k1": (
+        "log p - log q differentiated has expected gradient 0: it trains nothing",
+        "k1 in the reward trains: set objective.loss=k1_reward (or k2)",
+    ),
+    "k3_reward": (
+        "k3 in the reward has the gradient of neither KL",
+        "set objective.loss=k3pp, or k1_reward",
+    ),
+    "ppo": (
+        "it needs an advantage from the rewards of a group of samples, and none is computed",
+        "take an estimator of the distillation reward, such as objective.loss=pg",
+    ),
+    "trrd": (
+        "RLAD needs an advantage from the rewards of a group of samples, and none is computed",
+        "take objective.loss=pg, which needs the teacher only",
+    ),
+    "rapo": (
+        "its reference is tempered by each sample's reward, and needs the reference's normaliser",
+        "the exact form with one exponent is objective.loss=fkl objective.target=tempered",
+    ),
+    "dph": (
+        "it needs stored samples and log-probs of the initial policy",
+        "take objective.loss=fkl with a teacher",
+    ),
+    "sinkd": (
+        "its transport plan couples the tokens of a chunk: it is no sum over tokens, and the pass "
+        "over the output layer computes sums over tokens",
+        "take objective.loss=tv, which it equals for one token",
+    ),
+}
+REFUSED |= {
+    "rlad": REFUSED["trrd"],
+    "grpo": REFUSED["ppo"],
+    "rapo_paper": REFUSED["rapo"],
+    "dph_forward": REFUSED["dph"],
+    "dph_js": REFUSED["dph"],
+    "dph_alpha": REFUSED["dph"],
+    "sinkhorn": REFUSED["sinkd"],
+}
+
+
+def variants(kind: str, support: str) -> tuple[str, ...]:
+    """The variants of a divergence on a support, its default first; ("none",): it has no variants.
+
+    (): the two do not go together.
+    """
+    if kind == "pld":
+        return ("none",) if support == "teacher_topk" else ()
+    if kind == "kl_top":
+        return ("renorm", "tail") if support == "teacher_topk" else ()
+    if kind == "bdkd":
+        return ("soft", "hard") if support == "full" else ()
+    if support == "full":
+        return ("none",)
+    common = ("tail", "renorm", "unnorm")
+    extra = ("sg", "sampled_tail") if kind == "rkl" else ()
+    return (*common, *extra, *(("intersect",) if support == "intersection" else ()))

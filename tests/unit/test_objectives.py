@@ -1,0 +1,389 @@
+"""Objectives as configuration: what is built, refused and why, needed, and logged."""
+
+import math
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+
+from megaopd.errors import UserError
+from megaopd.losses import Objective, OutputLayer, fused_linear_objectives, terms
+from megaopd.losses.divergences import KINDS
+from megaopd.losses.engine import LIST_STATS
+from megaopd.losses.importance import BASELINES, TIS_MODES
+from megaopd.losses.sampled import ESTIMATORS, F_KINDS
+from megaopd.objectives import names
+from megaopd.objectives.alarms import new_alarms
+from megaopd.objectives.presets import NOT_YET, PRESETS
+from megaopd.objectives.spec import ObjectiveConfig
+from megaopd.objectives.terms import make_terms
+from megaopd.objectives.validate import PAYLOADS, check_run, needs, warnings
+from megaopd.schema import load_config
+
+GOOD = ["student.path=s", "teacher.path=t", "data.source=task:addition3"]
+FULL = [k for k in names.DIVERGENCES if k not in names.DEFAULT_K]
+
+
+def load(*overrides, path=None):
+    return load_config(path, [*GOOD, *(f"objective.{o}" for o in overrides)])
+
+
+def every_objective():
+    """One objective for every loss, support, variant, baseline and extra term."""
+    for kind in names.DIVERGENCES:
+        for support in names.SUPPORTS:
+            for variant in names.variants(kind, support):
+                yield {
+                    "loss": kind,
+                    "support": support,
+                    "k": 0 if support == "full" else 7,  # of 11: both lists share 3 at least
+                    "variant": "" if variant == "none" else variant,
+                    "i_know_biased": True,
+                }
+    for estimator in names.ESTIMATORS:
+        yield {"loss": estimator, **({"f_kind": "js"} if estimator == "f_pg" else {})}
+    for baseline in names.BASELINES:
+        yield {"loss": "vopd", "baseline": baseline}
+    for loss in ("rkl", "jsd", "k2", "pg"):
+        yield {"loss": loss, "stats_k": 4, "entropy_coef": 0.1, "sft_coef": 0.2}
+    yield {"loss": "fkl", "temperature": 2.0, "entropy_coef": 0.1, "sft_coef": 0.2}
+    yield {"loss": "fkl", "target": "tempered", "target_weight": 0.5}
+    yield {"loss": "rkl", "target": "one_hot", "target_weight": 0.8}
+    yield {"loss": "pld", "temperature": 2.0, "entropy_coef": 0.1}
+    yield {"loss": "sft"}
+    yield {"loss": "sft", "entropy_coef": 0.1}
+    yield {"loss": "pg", "clip_low": 0.2, "clip_high": 0.28}
+    yield {"loss": "k2", "cap": 5.0}
+
+
+def test_names_are_those_of_the_losses():
+    assert names.DIVERGENCES == terms.DIVERGENCES
+    assert names.SUPPORTS == terms.SUPPORTS
+    assert set(names.VARIANTS) == set(terms.VARIANTS)
+    assert names.TARGETS == terms.TARGETS
+    assert names.DEFAULT_K == terms.DEFAULT_K
+    assert set(names.TIS_MODES) == set(TIS_MODES)
+    assert set(names.BASELINES) == set(BASELINES) - {"none"}
+    assert set(names.F_KINDS) == set(F_KINDS)
+    assert names.LIST_STATS == LIST_STATS
+    assert {k: v.parameter for k, v in KINDS.items() if v.parameter} == names.PARAMETER
+    without_rewards = {n for n, e in ESTIMATORS.items() if "advantage" not in e.needs}
+    refused = {n for n in without_rewards if n in names.REFUSED}
+    assert set(names.ESTIMATORS) == without_rewards - refused
+    assert set(ESTIMATORS) <= set(names.ESTIMATORS) | set(names.REFUSED)
+    assert set(names.CLIPPED) == {n for n in names.ESTIMATORS if "clip_low" in ESTIMATORS[n].inputs}
+    assert set(names.CAPPED) == {n for n in names.ESTIMATORS if "cap" in ESTIMATORS[n].inputs}
+    pairs = [(k, s) for k in names.DIVERGENCES for s in names.SUPPORTS]
+    mine = {(k, s): names.variants(k, s) for k, s in pairs if names.variants(k, s)}
+    assert mine == terms.VALID
+
+
+def test_the_fields_offer_those_names():
+    hints = typing.get_type_hints(ObjectiveConfig)
+    offered = {name: set(typing.get_args(hint)) - {""} for name, hint in hints.items()}
+    assert offered["support"] == set(names.SUPPORTS)
+    assert offered["variant"] == {*names.VARIANTS, "soft", "hard"}
+    assert offered["target"] == set(names.TARGETS)
+    assert offered["f_kind"] == set(names.F_KINDS)
+    assert offered["baseline"] == set(names.BASELINES)
+    assert offered["tis"] == set(names.TIS_MODES)
+
+
+@pytest.mark.parametrize("values", every_objective(), ids=lambda v: "-".join(map(str, v.values())))
+def test_every_objective_runs_and_gives_the_statistics_it_names(values):
+    objective = ObjectiveConfig(**values)
+    rows, hidden, vocab = 5, 6, 11
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    h, w = random(rows, hidden).requires_grad_(), random(vocab, hidden).requires_grad_()
+    teacher = OutputLayer(random(rows, 4), random(vocab, 4)) if objective.needs_teacher else None
+    labels = torch.randint(vocab, (rows,), generator=generator)
+    made = make_terms(objective)
+    weights = {
+        name: Objective(one.term, one.coef * torch.full_like(h.detach()[:, 0], 1 / rows))
+        for name, one in made.items()
+    }
+    result = fused_linear_objectives(
+        h,
+        w,
+        teacher,
+        weights,
+        labels=labels if objective.passes_labels else None,
+        return_stats=True,
+        stats_k=objective.stats_k or None,
+    )
+    result.loss.backward()
+    assert h.grad.isfinite().all() and h.grad.abs().sum() > 0
+    expected = {"student_entropy", *objective.list_statistics}
+    expected |= {"student_log_prob"} if objective.passes_labels else set()
+    if objective.needs_teacher:
+        expected |= {"teacher_entropy"}
+        expected |= {"teacher_log_prob"} if objective.passes_labels else set()
+    assert set(result.stats) == expected
+    total = sum(one.coef * result.terms[name].mean() for name, one in made.items())
+    assert math.isclose(float(result.loss.detach()), float(total), rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_builds_and_is_described(name):
+    config = load(f"preset={name}")
+    objective = config.objective
+    assert objective == ObjectiveConfig.of(name) and objective.preset == name
+    assert all(getattr(objective, k) == v for k, v in PRESETS[name].values.items())
+    assert list(make_terms(objective)) == ["distill"]
+    assert config.warnings == []
+    docs = Path(__file__).parents[2] / "docs/configuration.md"
+    row = next(line for line in docs.read_text().splitlines() if line.startswith(f"| `{name}` |"))
+    assert PRESETS[name].about in row and PRESETS[name].paper in row
+    for key, value in PRESETS[name].values.items():
+        assert f"{key} = {value}" in row
+
+
+def test_a_preset_fills_in_what_is_not_given(tmp_path):
+    objective = load("preset=many_faces", "k=5", "loss_agg=token-mean").objective
+    assert (objective.k, objective.variant, objective.loss_agg) == (5, "sg", "token-mean")
+    assert ObjectiveConfig.of("many_faces", k=5).k == 5
+    file = tmp_path / "run.toml"
+    file.write_text('[objective]\npreset = "vopd"\nbaseline_k = 7\nchunk_size = 3\n')
+    given = load(path=file).objective
+    assert (given.loss, given.baseline_k, given.chunk_size) == ("vopd", 7, 3)
+    # As an override it replaces the file's section: its parts need not fit another method.
+    replaced = load("preset=kdrl", path=file).objective
+    assert replaced == ObjectiveConfig.of("kdrl")
+
+
+def test_the_saved_config_of_a_preset_is_the_same_objective(tmp_path):
+    from megaopd import config as config_io
+
+    config = load("preset=many_faces", "k=7")
+    config_io.save(config, tmp_path / "config.toml")
+    assert load_config(tmp_path / "config.toml") == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        # METHODS 20: 2, 4, 8, 9, 15
+        (["loss=k1"], "expected gradient 0"),
+        (["loss=k3_reward"], "neither KL"),
+        (["loss=rkl", "support=student_topk", "k=20", "variant=unnorm"], "out of the support"),
+        (["loss=sft", "tis=token"], "without rollout log-probs"),
+        (["loss=k2", "temperature=2.0"], "law that sampled them"),
+        (
+            ["support=student_topk", "k=4", "variant=sampled_tail", "temperature=2.0"],
+            "law that sampled them",
+        ),
+        (["loss=trrd"], "rewards of a group"),
+        (["loss=rlad"], "rewards of a group"),
+        # what cannot be configured
+        (["loss=sinkd"], "no sum over tokens"),
+        (["loss=rapo"], "reward"),
+        (["loss=dph_js"], "initial policy"),
+        (["target=geometric", "target_weight=1.25"], "base model"),
+        (["target=linear", "target_weight=0.5"], "base model"),
+        (["preset=gopd"], "base model"),
+        (["preset=sinkd"], "couples the tokens"),
+        (["preset=many_face"], "'many_faces'"),
+        # what does not go together
+        (["loss=rklx"], "did you mean 'rkl'?"),
+        (["k=20"], "objective.support=student_topk"),
+        (["support=student_topk"], "objective.k=20"),
+        (["loss=fkl", "support=student_topk", "k=9", "variant=sg"], "defined for rkl"),
+        (["variant=tail"], "set objective.support"),
+        (["support=teacher_topk", "k=9", "variant=intersect"], "support=intersection"),
+        (["loss=pld", "support=student_topk", "k=9"], "'teacher_topk'"),
+        (["loss=bdkd", "support=student_topk", "k=9"], "'full'"),
+        (["loss=k2", "support=student_topk", "k=9"], "belongs to a divergence"),
+        (["alpha=0.5"], "skew_fkl"),
+        (["loss=jsd", "beta=1.0"], "rkl"),
+        (["loss=skew_rkl", "alpha=1.5"], "0 < alpha < 1"),
+        (["loss=bdkd", "variant=hard", "beta=1.0"], "bdkd soft"),
+        (["target_weight=0.5"], "a target other than"),
+        (["target=one_hot"], "0 < target_weight < 1"),
+        (["loss=pld", "target=one_hot", "target_weight=0.5"], "sampled tokens"),
+        (["loss=pld", "sft_coef=0.5"], "no labels"),
+        (["loss=f_pg"], "objective.f_kind=js"),
+        (["loss=pg", "baseline=value"], "vopd"),
+        (["loss=vopd", "baseline=value", "baseline_k=5"], "topk and unnorm"),
+        (["loss=k2", "clip_low=0.2"], "pg and vopd"),
+        (["cap=3.0"], "k2"),
+        (["support=student_topk", "k=9", "stats_k=9"], "own list"),
+        (["entropy_coef=-1.0"], "0 or more"),
+        (["chunk_size=-1"], "0 or more"),
+        (["tis=always"], "objective.tis"),
+    ],
+)
+def test_what_is_refused_says_why(overrides, said):
+    teacher = ["teacher.path="] if overrides[0] == "loss=sft" else []
+    with pytest.raises(UserError) as caught:
+        load_config(None, [*GOOD, *teacher, *(f"objective.{o}" for o in overrides)])
+    assert said in str(caught.value), str(caught.value)
+    assert caught.value.expected
+
+
+def test_methods_that_are_not_offered_are_no_presets():
+    assert not set(NOT_YET) & set(PRESETS)
+    assert not set(names.REFUSED) & set(names.LOSSES)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["objective.loss=k3"], "gradient of forward KL"),
+        (
+            [
+                "objective.support=student_topk",
+                "objective.k=9",
+                "objective.variant=unnorm",
+                "objective.i_know_biased=true",
+            ],
+            "biased",
+        ),
+        (["objective.loss=pg", "rollout.top_p=0.9"], "top_p = 0.9"),
+        (["objective.loss=k2", "rollout.top_k=50"], "top_k = 50"),
+        (["objective.loss=vopd", "rollout.temperature=0.6"], "another law"),
+        (["objective.loss=pg", "rollout.temperature=0"], "samples nothing"),
+        (
+            [
+                "objective.support=student_topk",
+                "objective.k=9",
+                "objective.variant=sampled_tail",
+                "rollout.top_p=0.9",
+            ],
+            "sampled_tail",
+        ),
+        (["objective.loss=pg", "objective.clip_low=0.2"], "do nothing"),
+        (["objective.loss=f_pg", "objective.f_kind=chi2", "objective.cap=10"], "biased"),
+        (["objective.sft_coef=0.1"], "expected gradient 0"),
+        (["objective.target=one_hot", "objective.target_weight=0.8"], "expected gradient 0"),
+    ],
+)
+def test_what_is_warned_of(overrides, said):
+    found = load_config(None, [*GOOD, *overrides]).warnings
+    assert len(found) == 1 and said in found[0], found
+
+
+def test_truncated_rollouts_are_no_matter_to_divergences_and_corrected_by_weights():
+    law = {"temperature": 0.6, "top_p": 0.9, "top_k": 10}
+    assert warnings(ObjectiveConfig(), **law) == []
+    assert warnings(ObjectiveConfig(loss="sft"), **law) == []
+    corrected = ObjectiveConfig(loss="pg", tis="token")
+    assert warnings(corrected, temperature=0.6, top_p=1.0, top_k=0) == []
+    assert len(warnings(corrected, **law)) == 2  # what is never sampled stays missing
+
+
+def test_what_an_objective_needs():
+    plain = needs(ObjectiveConfig())
+    assert plain.teacher and not plain.labels and not plain.old_log_prob_pass
+    assert not plain.statistics_pass and not plain.rewards
+    sft = needs(ObjectiveConfig(loss="sft"))
+    assert sft.labels and not sft.teacher and sft.payloads == PAYLOADS
+    assert needs(ObjectiveConfig(loss="pg")).labels
+    assert needs(ObjectiveConfig(sft_coef=0.1)).labels
+    assert needs(ObjectiveConfig(target="one_hot", target_weight=0.5)).labels
+    token = needs(ObjectiveConfig(loss="pg", tis="token"))
+    assert token.old_log_prob_pass and not token.statistics_pass
+    assert needs(ObjectiveConfig(loss="pg", tis="reject")).statistics_pass
+
+
+@pytest.mark.parametrize(
+    ("values", "enough"),
+    [
+        *(({"loss": kind}, ("hidden",)) for kind in FULL),
+        ({"support": "student_topk", "k": 20}, ("hidden", "topk")),
+        ({"loss": "pld"}, ("hidden", "topk")),
+        ({"loss": "k2"}, ("hidden", "sampled")),
+        ({"loss": "k2", "stats_k": 5}, ("hidden",)),
+        ({"loss": "vopd"}, ("hidden", "topk")),
+        ({"loss": "vopd", "baseline": "value"}, ("hidden",)),
+    ],
+    ids=str,
+)
+def test_a_payload_that_holds_too_little_is_refused(values, enough):
+    objective = ObjectiveConfig(**values)
+    for payload in PAYLOADS:
+        if payload in enough:
+            check_run(objective, log_probs=True, payload=payload)
+        else:
+            with pytest.raises(UserError, match=f"{payload}' payload"):
+                check_run(objective, log_probs=True, payload=payload)
+
+
+def test_kl_is_only_called_so_where_it_is_one():
+    name = {"rkl": "kl", "fkl": "kl", "sft": "nll", "jsd": "distill", "k2": "distill"}
+    assert all(ObjectiveConfig(loss=loss).value_name == said for loss, said in name.items())
+    assert ObjectiveConfig(support="student_topk", k=9).value_name == "distill"
+    assert ObjectiveConfig(target="tempered", target_weight=0.5).value_name == "distill"
+
+
+def test_the_extra_terms_have_their_coefficients():
+    made = make_terms(ObjectiveConfig(sft_coef=0.5, entropy_coef=0.25))
+    assert {n: (t.coef, t.importance) for n, t in made.items()} == {
+        "distill": (1.0, True),
+        "sft": (0.5, True),
+        "entropy": (-0.25, False),
+    }
+
+
+def test_an_alarm_is_raised_once():
+    history = [{"mass_student": 0.8}, {"mass_student": 0.7}]
+    assert new_alarms([]) == {} and new_alarms(history) == {}
+    history.append({"mass_student": 0.64})
+    assert "from 0.80 to 0.64" in new_alarms(history)["mass_student"]
+    history.append({"mass_student": 0.5})
+    assert new_alarms(history) == {}
+    assert new_alarms([{"loss": 1.0}, {"loss": 2.0}]) == {}
+    assert "0.30" in new_alarms([{"tis/ess": 0.9}, {"tis/ess": 0.3}])["ess"]
+
+
+def micro_batch(mask, rollout, *, sequence_first_rows):
+    from megaopd.losses import loss_weights
+    from megaopd.trainer.batch import MicroBatch
+
+    count, length = mask.shape
+
+    def flat(x):
+        x = x.t().reshape(-1)
+        return x if sequence_first_rows is None else x[sequence_first_rows]
+
+    weights = loss_weights(mask, loss_agg="seq-mean-token-mean", num_samples=count)
+    return MicroBatch(
+        tokens=torch.zeros(count, length, dtype=torch.int64),
+        position_ids=None,
+        rows=sequence_first_rows,
+        labels_T=flat(torch.zeros(count, length, dtype=torch.int64)),
+        weights_T=flat(weights),
+        mask_T=flat(mask.bool()),
+        rollout_log_probs_T=flat(rollout),
+        has_rollout_log_probs=True,
+    )
+
+
+@pytest.mark.parametrize("all_rows", [False, True])
+@pytest.mark.parametrize("mode", ["token", "seq", "mask", "reject"])
+def test_importance_weights_are_per_sample_and_count_what_survives(mode, all_rows):
+    from megaopd.losses import loss_weights
+    from megaopd.losses.importance import tis_weights
+    from megaopd.trainer.importance import weigh
+
+    mask = torch.tensor([[0.0, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
+    old = torch.tensor([[-1.0, -1, -1, -1], [-2, -2, -2, -2], [0, 0, 0, 0]])
+    rollout = old - torch.tensor([[9.0, 0.1, 3.0, -0.2], [2.0, 2.5, 9, 9], [9, 9, 9, 9]])
+    rows = None if all_rows else mask.t().reshape(-1).nonzero().squeeze(1)
+    micro = micro_batch(mask, rollout, sequence_first_rows=rows)
+    objective = ObjectiveConfig(loss="pg", tis=mode, loss_agg="seq-mean-token-mean")
+    old_T = old.t().reshape(-1)
+    found = weigh(micro, old_T if rows is None else old_T[rows], objective)
+    expected, metrics = tis_weights(old, rollout, mask, mode=mode)
+    kept = mask * (expected > 0)
+    surviving = loss_weights(kept, loss_agg="seq-mean-token-mean", num_samples=3)
+    flat = (surviving * expected).t().reshape(-1)
+    torch.testing.assert_close(found.importance_weights_T, flat if all_rows else flat[rows])
+    weight, square, outside, counted = found.importance_sums.tolist()
+    assert math.isclose(weight**2 / (5 * square), float(metrics["ess"]), rel_tol=1e-6)
+    assert math.isclose(outside / counted, float(metrics["clip_fraction"]), rel_tol=1e-6)
+    assert found.term_weights(importance=False) is micro.weights_T
