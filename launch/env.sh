@@ -23,6 +23,8 @@ if [ ! -f "$stamp" ]; then
   # megatron-core declares torch and CUDA packages that must not be moved.
   .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -r "$no_deps"
   .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+  # The C kernels of the losses, once and not by every rank of the first run.
+  .venv/bin/python -c "from megaopd.losses.kernels import cpu; cpu.available()"
   touch "$stamp"
 else
   echo ">> using .venv as it is"

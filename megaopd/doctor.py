@@ -45,9 +45,21 @@ def choices() -> list[tuple[str, str, str]]:
             "fused (apex)" if apex else "autograd, added to main_grad",
             "fused_weight_gradient_mlp_cuda imports" if apex else "apex's CUDA extension is absent",
         ),
-        ("loss kernels", "torch, chunked", "the only implementation so far"),
+        ("loss kernels", *_loss_kernels(gpu)),
         ("rollouts", "embedded (transformers generate)", "the only engine so far"),
     ]
+
+
+def _loss_kernels(gpu: bool) -> tuple[str, str]:
+    """(what, why) of the passes over a chunk's logits."""
+    import torch
+
+    from megaopd.losses.kernels import native
+
+    ops = native(torch.zeros(1, 1, device="cuda" if gpu else "cpu"))
+    if ops is None:
+        return "plain torch", "triton does not import" if gpu else "no C compiler"
+    return ("Triton", "a GPU") if gpu else ("C, compiled for this CPU", "fp32 on a CPU")
 
 
 def print_report() -> None:

@@ -25,8 +25,6 @@ def native(x: Tensor) -> ModuleType | None:
         from megaopd.losses.kernels import launch
 
         return launch if launch.available() else None
-    try:
-        from megaopd.losses.kernels import cpu  # pyright: ignore
-    except ImportError:
-        return None
+    from megaopd.losses.kernels import cpu
+
     return cpu if x.dtype == torch.float32 and cpu.available() else None
