@@ -16,7 +16,7 @@ from megaopd.losses.chunk import Batch, Listed
 from megaopd.losses.engine import Engine, chunk_inputs
 from megaopd.losses.vocab_parallel import all_gather_rows, group_size, start_sum_rows
 
-LISTED_ELEMENTS = 1 << 22  # of the products over a list that exist at once
+LISTED_ELEMENTS = 1 << 20  # of the products over a list that exist at once
 
 
 @dataclass(frozen=True)
