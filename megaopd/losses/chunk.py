@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from megaopd.losses.blocks import Blocks, Coefs, Norm
-from megaopd.losses.divergences import KINDS
+from megaopd.losses.divergences import KINDS, Laws
 from megaopd.losses.evaluate import Contributions, Evaluation, Labels, evaluate_terms
 from megaopd.losses.lists import head_laws
 from megaopd.losses.native import NativeBlocks, make_blocks
@@ -271,25 +271,68 @@ def _add_lists_(
     if plan.shard.valid == 0:
         return
     inverse = None if scale is None else 1.0 / scale
-    head = facts.head
+    head, labels = facts.head, facts.labels
+    here = None if labels is None else labels.owned
     if head is not None:
         dz = _list_gradient(plan, facts, coefs, extra)
+        if extra.label is not None and labels is not None and here is not None:
+            hit = head.ids == labels.ids[:, None]  # added once, in one sum: bf16 would cancel
+            dy = extra.label if (cap := plan.slope(labels.s)) is None else extra.label * cap
+            dz = dz + torch.where(hit, dy[:, None], 0.0)
+            here = here & ~hit.any(1)
         owned, column = plan.shard.owned(head.ids)
         dz = (dz if inverse is None else dz * inverse[:, None]).to(grad.dtype)
         grad.scatter_add_(1, column, torch.where(owned, dz, 0.0))
+    if extra.label is not None and labels is not None and here is not None:
+        _add_labels_(grad, inverse, plan, facts, coefs, extra, here)
+
+
+def _add_labels_(
+    grad: Tensor,
+    inverse: Tensor | None,
+    plan: Plan,
+    facts: Evaluation,
+    coefs: Coefs,
+    extra: Contributions,
+    here: Tensor,
+) -> None:
+    """dz at labels that are on no list; `here`: this rank owns it.
+
+    A narrow buffer is overwritten with the whole of it, made in fp32: for a likely token p - 1
+    is the difference of two numbers that bf16 has rounded already.
+    """
     labels = facts.labels
-    if extra.label is not None and labels is not None:
-        slope = plan.slope(labels.s)
-        dy = extra.label if slope is None else extra.label * slope
-        dy = (dy if inverse is None else dy * inverse).to(grad.dtype)
-        grad.scatter_add_(1, labels.column[:, None], torch.where(labels.owned, dy, 0.0)[:, None])
+    assert labels is not None and extra.label is not None
+    dy, column = extra.label, labels.column[:, None]
+    narrow = grad.dtype not in (torch.float32, torch.float64)
+    if narrow:
+        one = Head(labels.ids[:, None], labels.s[:, None], labels.t[:, None], here[:, None])
+        rest = coefs.p if extra.rest is None else coefs.p + extra.rest
+        dy = dy + _dense_at(one, head_laws(one, facts.norm), coefs, rest)[:, 0]
+    slope = plan.slope(labels.s)
+    dy = dy if slope is None else dy * slope
+    dy = (dy if inverse is None else dy * inverse).to(grad.dtype)
+    if narrow:
+        old = grad.gather(1, column)
+        grad.scatter_(1, column, torch.where(here[:, None], dy[:, None], old))
+    else:
+        grad.scatter_add_(1, column, torch.where(here, dy, 0.0)[:, None])
 
 
 def _list_gradient(plan: Plan, facts: Evaluation, coefs: Coefs, extra: Contributions) -> Tensor:
     """dz [C, K] at the listed tokens: the passes over the vocabulary left them at 0."""
     head, laws = facts.head, facts.laws
     assert head is not None and laws is not None
-    dz = laws.p * coefs.p[:, None]
+    dz = _dense_at(head, laws, coefs, coefs.p)
+    for part in extra.head:
+        dz = dz + part
+    slope = plan.slope(head.s)
+    return dz if slope is None else dz * slope
+
+
+def _dense_at(head: Head, laws: Laws, coefs: Coefs, p_coef: Tensor) -> Tensor:
+    """blocks.py's gradient at a few tokens [C, K]."""
+    dz = laws.p * p_coef[:, None]
     if coefs.pd is not None:
         dz = dz + laws.p * (head.s - head.t) * coefs.pd[:, None]
     if coefs.px is not None:
@@ -298,7 +341,4 @@ def _list_gradient(plan: Plan, facts: Evaluation, coefs: Coefs, extra: Contribut
         dz = dz + laws.q * coefs.q[:, None]
     for kind, parameter, coef in coefs.parts:
         dz = dz + KINDS[kind].pair(laws, parameter)[1] * coef[:, None]
-    for part in extra.head:
-        dz = dz + part
-    slope = plan.slope(head.s)
-    return dz if slope is None else dz * slope
+    return dz

@@ -54,7 +54,8 @@ def vocab_parallel_divergence(
     arbitrary finite log-prob: give it weight 0.
 
     Collectives per chunk of rows: one MAX and one SUM (rkl: 20 B/token in fp32); general f: one
-    SUM of two scalars more; a list: one all-gather, 12 k bytes a rank and token. None in backward.
+    SUM of two scalars more; a list: one all-gather, 12 k bytes a rank and token (24 k for
+    intersection and with return_stats, which look at both lists). None in backward.
     Raises UserError for a combination that does not exist.
     """
     term, stats_k = divergence_term(
@@ -118,6 +119,10 @@ def _apply(
         vocab_size=vocab_size,
         like=student,
     )
+    if labels is not None and labels.shape != student.shape[:1]:
+        raise UserError(
+            f"labels of shape {list(labels.shape)}", expected=f"[{student.shape[0]}], one a row"
+        )
     want_grad = torch.is_grad_enabled() and student.requires_grad
     holder: dict[str, Tensor] = {}
     others = [None if x is None else x.detach() for x in (teacher, base)]
@@ -171,4 +176,5 @@ def _load(x: Tensor | None, rows: slice, shard: Shard, dtype: torch.dtype) -> Te
     """A chunk's logits without padding, copied to the arithmetic's precision; -inf -> FLOOR."""
     if x is None:
         return None
-    return x[rows, : shard.valid].to(dtype, copy=True).clamp_min_(FLOOR)
+    part = x[rows, : shard.valid]
+    return part.to(dtype, copy=True, memory_format=torch.contiguous_format).clamp_min_(FLOOR)

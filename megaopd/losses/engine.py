@@ -3,7 +3,7 @@
 Shapes: C rows, Vp local ids (padding already sliced off), n terms.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +21,6 @@ from megaopd.losses.vocab_parallel import Shard, group_size
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
 MIN_CHUNK = 128
 
-STATS = ("student_entropy", "teacher_entropy", "student_log_prob", "teacher_log_prob")
 LIST_STATS = ("mass_student", "mass_teacher", "bucket_kl", "overlap", "teacher_rank")
 
 
@@ -170,10 +169,3 @@ def _run_plan(
     if t is not None:
         apply_target_(plan.target, t, base, batch.labels, plan.shard)
     return run_chunk(plan, s, t, batch, weights, want_grad)
-
-
-def chunk_inputs(
-    inputs: Mapping[str, Tensor], pick: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor]:
-    """Per-token inputs [T] -> those of a chunk."""
-    return {name: pick(value) for name, value in inputs.items()}

@@ -19,7 +19,7 @@ from megaopd.losses.lists import ListLoss, head_laws, plackett_luce, sampled_tai
 from megaopd.losses.plan import Plan, is_general
 from megaopd.losses.sampled import ESTIMATORS, sampled_terms
 from megaopd.losses.terms import CrossEntropy, Divergence, Entropy, Sampled, Term
-from megaopd.losses.topk import Head
+from megaopd.losses.topk import Head, contains
 
 
 @dataclass
@@ -129,8 +129,7 @@ class Evaluation:
         if self.teacher_list is not None:
             k = self.teacher_list.shape[1]
             if plan.lists.source == "student":
-                both = (self.head.ids[:, :, None] == self.teacher_list[:, None, :]).any(2)
-                found["overlap"] = both.sum(1) / k
+                found["overlap"] = contains(self.teacher_list, self.head.ids).sum(1) / k
             if self.labels is not None:
                 hit = self.teacher_list == self.labels.ids[:, None]
                 rank = torch.where(hit.any(1), hit.to(torch.int8).argmax(1), k)

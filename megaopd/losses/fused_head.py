@@ -8,7 +8,8 @@ student and for the teacher; nothing grows with T but hidden states and a few sc
 
 Where the weight gradient goes:
   autograd   a [Vp, H] buffer, handed to autograd in backward, times the upstream scalar
-  main_grad  straight into weight.main_grad (Megatron's fused accumulation): no second buffer. The
+  main_grad  straight into weight.main_grad (Megatron's fused accumulation): no buffer of its own
+             (a bf16 weight makes one chunk's product in bf16 on the way to an fp32 main_grad). The
              gradient is there before backward runs, so the upstream scalar must be exactly 1;
              anything else raises. Nothing is written where gradients are off.
 
@@ -33,16 +34,19 @@ from torch import Tensor
 from megaopd.errors import UserError
 from megaopd.losses.engine import make_engine
 from megaopd.losses.head_pass import HeadPass, Law, fused_head
-from megaopd.losses.terms import CrossEntropy, Target, Term, divergence_term
+from megaopd.losses.sampled import ESTIMATORS
+from megaopd.losses.terms import CrossEntropy, Divergence, Sampled, Target, Term, divergence_term
 from megaopd.losses.vocab_parallel import Group, Shard, group_size
+
+PER_TOKEN = {"old_log_prob", "advantage", "baseline", "importance_weight"}
 
 
 @dataclass(frozen=True)
 class FusedLoss:
     """loss: scalar, carries the gradient. per_token [T] and stats (name -> [T]): detached.
 
-    All are complete and the same on every tensor-parallel rank, in full-sequence order. With
-    several objectives per_token is their weighted sum's parts: see `terms`, name -> [T].
+    All are complete and the same on every tensor-parallel rank, in full-sequence order. terms:
+    each objective's own per-token values, name -> [T]; per_token is their plain sum.
     """
 
     loss: Tensor
@@ -107,6 +111,7 @@ def fused_linear_objectives(
     ranks = group_size(group) if sequence_parallel else 1
     names = list(objectives)
     _check_shapes(hidden_TH, weight_VpH, ranks, teacher, base, objectives, labels, inputs or {})
+    _check_inputs([one.term for one in objectives.values()], inputs or {})
     engine = make_engine(
         [objectives[n].term for n in names],
         Shard.of(weight_VpH.shape[0], group, vocab_size),
@@ -162,8 +167,8 @@ def fused_linear_divergence(
     The divergences are those of vocab_parallel_divergence, with the same keywords; rkl for
     instance: L = tau^2 KL(p||q), dL/dz = tau p (log p - log q - KL(p||q)). f is the identity, or
     softcap*tanh(z/softcap) for both models. token_weights [T] hold mask, importance weight and
-    denominator, known before the pass; rows of weight 0 add nothing. `k` with support "full" is
-    the list of the statistics. Everything else as in fused_linear_objectives, with one objective.
+    denominator, known before the pass; rows of weight 0 add nothing (they must be finite). `k` with
+    support "full" is the list of the statistics. The rest is as in fused_linear_objectives.
     """
     term, stats_k = divergence_term(
         return_stats, k, kind=kind, support=support, variant=variant,
@@ -276,6 +281,12 @@ def _check_shapes(
         "token_weights" + (f" of {name}" if len(objectives) > 1 else ""): one.token_weights
         for name, one in objectives.items()
     }
+    if weight.dtype == torch.float16 and weight.requires_grad:
+        raise UserError(
+            "a float16 output layer that wants a gradient",
+            expected="bfloat16 or float32",
+            fix="token weights of 1e-5 leave float16's range: train in bfloat16",
+        )
     vectors |= dict(inputs) | ({} if labels is None else {"labels": labels})
     for name, x in vectors.items():
         _check_rows(name, x, hidden.shape[0] * ranks, ranks)
@@ -301,7 +312,27 @@ def _check_partition(name: str, weight: Tensor, student: Tensor) -> None:
         )
 
 
+def _check_inputs(terms: Sequence[Term], inputs: Mapping[str, Tensor]) -> None:
+    """A misspelt name would be a term that is silently another one."""
+    known: set[str] = set()
+    for term in terms:
+        if isinstance(term, Divergence) and term.variant == "sampled_tail":
+            known.add("old_log_prob")
+        if isinstance(term, Sampled) and term.estimator in ESTIMATORS:
+            known |= PER_TOKEN & set(ESTIMATORS[term.estimator].inputs)
+    unknown = sorted(set(inputs) - known)
+    if unknown:
+        raise UserError(
+            f"inputs {unknown}",
+            expected=f"some of {sorted(known)}" if known else "none: no objective takes any",
+            fix="the engine makes the teacher's log-prob itself; check the spelling of the others",
+        )
+
+
 def _check_rows(name: str, x: Tensor, rows: int, ranks: int) -> None:
+    vector = not name.endswith("hidden")
+    if vector and x.dim() != 1:
+        raise UserError(f"{name} of shape {list(x.shape)}", expected="[T]", fix="flatten it")
     if x.shape[0] != rows:
         raise UserError(
             f"{name} has {x.shape[0]} rows",

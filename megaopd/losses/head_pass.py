@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megaopd.errors import UserError
 from megaopd.losses.chunk import Batch, Listed
-from megaopd.losses.engine import Engine, chunk_inputs
+from megaopd.losses.engine import Engine
 from megaopd.losses.vocab_parallel import all_gather_rows, group_size, start_sum_rows
 
 LISTED_ELEMENTS = 1 << 20  # of the products over a list that exist at once
@@ -138,7 +138,7 @@ class _Gradients:
         weight = self.source
         if self.bias is not None:
             ones = torch.ones_like(grad[:, 0]) if scale is None else scale
-            self.bias[: weight.shape[0]] += ones @ grad
+            self.bias[: weight.shape[0]] += torch.mv(grad.t(), ones.to(grad.dtype))
         if grad.dtype != weight.dtype:
             grad = (grad if scale is None else grad.mul_(scale[:, None])).to(weight.dtype)
             scale = None
@@ -149,7 +149,8 @@ class _Gradients:
         if target is not None:
             own = target[: weight.shape[0]]
             hidden_CH = hidden_CH.to(weight.dtype)
-            hidden_CH = hidden_CH if scale is None else hidden_CH * scale[:, None]
+            if scale is not None:
+                hidden_CH = (hidden_CH * scale[:, None]).to(weight.dtype)
             if not self._written and own.dtype == weight.dtype:
                 torch.mm(grad.t(), hidden_CH, out=own)
                 self._written = True
@@ -177,7 +178,9 @@ class _Gradients:
             for a in range(0, values.shape[0], step):
                 part = slice(a, a + step)
                 outer = values[part, :, None] * hidden_CH[part, None, :].to(values.dtype)
-                target.index_add_(0, grad.columns[part].flatten(), outer.flatten(0, 1))
+                target.index_add_(
+                    0, grad.columns[part].flatten(), outer.flatten(0, 1).to(target.dtype)
+                )
 
     def _send(self, dh: Tensor, rows: slice) -> None:
         """Sums the hidden gradient over the group while the next chunk is computed."""
@@ -235,7 +238,7 @@ class _FusedHead(torch.autograd.Function):
             s = heads[0].logits(h)
             batch = Batch(
                 None if passed.labels is None else passed.take(passed.labels, c),
-                chunk_inputs(passed.inputs, lambda x, c=c: passed.take(x, c)),
+                {name: passed.take(x, c) for name, x in passed.inputs.items()},
             )
             weights = passed.take(passed.weights, c)
             value, found, dz, scale = engine.run(s, *logits, batch, weights, any(need))  # pyright: ignore
@@ -252,7 +255,8 @@ class _FusedHead(torch.autograd.Function):
         ctx.weight, ctx.main_grad = weight, grads.main is not None
         ctx.mark_non_differentiable(values)
         ctx.set_materialize_grads(False)
-        # A masked token may have an infinite loss (padding can hold anything): 0 * inf must be 0.
+        # A masked token may have an infinite value: 0 * inf must be 0. (Its hidden state must be
+        # finite all the same: a NaN would reach the weight gradient through the products.)
         loss = torch.where(passed.weights == 0, 0.0, passed.weights * values).sum()
         return loss, values
 

@@ -22,7 +22,6 @@ from megaopd.losses.terms import (
 )
 from megaopd.losses.vocab_parallel import Shard, group_size
 
-DEFAULT_CHUNK = 256
 # Vocabulary per list entry from which products over the list beat dense ones; 0: never (on CUDA the
 # weight gradient's scattered sums would not be reproducible).
 SPARSE_SHARE = {"cpu": 16, "cuda": 0}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megaopd.losses.blocks import Blocks
+from megaopd.losses.kernels import native
 from megaopd.losses.terms import Target
 from megaopd.losses.vocab_parallel import Shard, all_reduce_max_, all_reduce_sum_
 
@@ -54,8 +55,13 @@ def _logsumexp(logits: list[Tensor], shard: Shard) -> list[Tensor]:
     """logsumexp over the whole vocabulary of each: one MAX and one SUM for all of them."""
     local = []
     for x in logits:
-        blocks = Blocks(x, None, "none")
-        local.append((blocks.moments(("z_s",))[0], blocks.offsets[0]))
+        ops = native(x) if x.shape[1] else None
+        if ops is not None:
+            offset, z = ops.local_moments(x, None, ("z_s",))
+            local.append((z[0], offset[0]))
+        else:
+            blocks = Blocks(x, None, "none")
+            local.append((blocks.moments(("z_s",))[0], blocks.offsets[0]))
     offsets = torch.stack([offset for _, offset in local])
     m = all_reduce_max_(offsets.clone(), shard.group)
     sums = torch.stack([z for z, _ in local]) * (offsets - m).exp()

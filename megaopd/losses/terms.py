@@ -143,8 +143,8 @@ class Divergence:
                 if k is not None
                 else "pass k, for instance 20",
             )
-        if k is not None and k < 1:
-            raise UserError(f"k={k}", expected="at least 1", fix="pass k, for instance 20")
+        if k is not None and (k != int(k) or k < 1):
+            raise UserError(f"k={k}", expected="a whole number, at least 1", fix="for instance 20")
 
     def _parameter(self, name: str) -> float | None:
         value = getattr(self, name)

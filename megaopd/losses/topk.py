@@ -1,7 +1,7 @@
 """Exact top-k of vocabulary-sharded logits, and the losses' split into a head and the rest.
 
 A global top-k token is in the top-k of its shard. So each rank takes its local top-k, the lists are
-gathered (12 bytes a rank, token and entry: value, the other model's value, id), and the best k of
+gathered (12 bytes a rank, token, list and entry: both models' logits, id), and the best k of
 them are the answer, the same on every rank. Ties go to the lower id: values and ids are joined in
 one 64-bit key, so that no two are equal.
 
@@ -22,7 +22,7 @@ GROUP = 64  # ids in a group of the first selection stage
 MASKED = -1e30  # the logit of a token that was taken out: e^MASKED = 0, MASKED - MASKED = 0
 _NONE = -3.0e38  # fills the list of a shard with fewer than k ids; below every real logit
 _TOP_ID = (1 << 31) - 1
-_BLOCK = 1 << 20  # elements of the row blocks that are selected from at once
+_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}  # elements of the rows that are selected from at once
 
 
 @dataclass
@@ -189,6 +189,6 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _row_blocks(x: Tensor) -> Iterator[slice]:
-    step = max(1, _BLOCK // max(1, x.shape[1]))
+    step = max(1, _BLOCK[x.device.type] // max(1, x.shape[1]))
     for a in range(0, x.shape[0], step):
         yield slice(a, min(a + step, x.shape[0]))

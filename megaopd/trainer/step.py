@@ -179,7 +179,8 @@ def _metrics(
     if objective.loss == "sft" or objective.sft_coef:
         metrics["nll"] = means["sft"]
     metrics |= {name: means[name] for name in objective.list_statistics}
-    if has_rollout_log_probs and objective.passes_labels:
+    # At another temperature the engine's log-probs are of another law.
+    if has_rollout_log_probs and objective.passes_labels and objective.temperature == 1.0:
         metrics["rollout_log_prob_diff"] = means["rollout_abs_diff"]
         metrics["rollout_k3"] = means["rollout_k3"]
     if totals["counted"]:

@@ -14,6 +14,7 @@ from megaopd.losses import (
     Entropy,
     Objective,
     OutputLayer,
+    Sampled,
     fused_linear_objectives,
     kernels,
     reference,
@@ -95,6 +96,65 @@ def output_layer(dtype, softcap, tau):
         yield f"{name} {dtype} cap {softcap} at {tau}", max(errors)
 
 
+def one_term_in_bf16():
+    """The token weights meet the products here, not the kernel; into main_grad too."""
+    torch.manual_seed(3)
+    h, w = torch.randn(T, H).bfloat16(), (torch.randn(PADDED, H) / 2).bfloat16()
+    weights, labels = torch.rand(T), torch.randint(0, V, (T,))
+    terms = {"rkl": Divergence(kind="rkl"), "sft": CrossEntropy(), "k2": Sampled(estimator="k2")}
+    for (name, term), into in itertools.product(terms.items(), (False, True)):
+        mine = [x.clone().requires_grad_() for x in (h, w)]
+        mine[1].main_grad = torch.zeros(PADDED, H)
+        bias = torch.zeros(PADDED, dtype=torch.bfloat16, requires_grad=True)
+        out = fused_linear_objectives(
+            *mine,
+            OutputLayer(h + 0.1, w),
+            {"loss": Objective(term, weights)},
+            labels=labels,
+            vocab_size=V,
+            bias=bias,
+            into_main_grad=into,
+        )
+        out.loss.backward()
+        full = [x.double().requires_grad_() for x in (h, w)]
+        s = full[0] @ full[1].t()
+        s = s + (h @ w.t() - s).detach()
+        t = ((h + 0.1) @ w.t()).double()
+        log_p, log_q = (-reference.cross_entropy(z, labels, 1.0, V) for z in (s, t))
+        want = {
+            "rkl": reference.rkl(s, t, 1.0, V),
+            "sft": -log_p,
+            "k2": 0.5 * (log_p - log_q.detach()) ** 2,
+        }[name]
+        (want * weights.double()).sum().backward()
+        found = mine[1].main_grad if into else mine[1].grad
+        yield (
+            f"one {name} bfloat16 {into}",
+            max(error(mine[0].grad, full[0].grad), error(found, full[1].grad)),
+        )
+
+
+def confident_label_in_bf16():
+    """p(label) = .999: the gradient p - 1 must not be made of two rounded numbers."""
+    z = torch.zeros(1, PADDED)
+    z[0, 5] = 13.0
+    h, w = torch.ones(1, 1).bfloat16(), z.t().bfloat16().contiguous()
+    mine = w.clone().requires_grad_()
+    out = fused_linear_objectives(
+        h,
+        mine,
+        None,
+        {"sft": Objective(CrossEntropy(), torch.ones(1))},
+        labels=torch.tensor([5]),
+        vocab_size=V,
+    )
+    out.loss.backward()
+    full = z.double().requires_grad_()
+    reference.cross_entropy(full, torch.tensor([5]), 1.0, V).sum().backward()
+    got, want = mine.grad[5, 0].double(), full.grad[0, 5]
+    yield "confident label bfloat16", ((got - want) / want).abs().item()
+
+
 def main():
     kernels.forced = launch
     found = dict(given_logits())
@@ -104,6 +164,7 @@ def main():
         (torch.bfloat16, SOFTCAP, 1.0),
     ):
         found |= dict(output_layer(dtype, softcap, tau))
+    found |= dict(one_term_in_bf16()) | dict(confident_label_in_bf16())
     print(json.dumps(found))
 
 
