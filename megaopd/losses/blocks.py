@@ -224,35 +224,22 @@ class Blocks:
 
     def _fkl(self, rows: slice, names: Sequence[str]) -> dict:
         assert self.t is not None
-        s, t = self.s[rows], self.t[rows]
-        a, b, c = self._three(rows)
-        found = self._teacher(rows, names, a, b)
-        if "d_t" in names:
-            found["d_t"] = torch.sub(t, s, out=b).mul_(a).sum(1)
-        e, z = self._exp(s, b, 0, rows)
-        found |= self._student(e, s, names, c)
-        if "d_s" in names:
-            found["d_s"] = torch.sub(s, t, out=c).mul_(e).sum(1)
-            if "r_s" in names:
-                found["r_s"] = c.mul_(e).sum(1)
-        found["z_s"] = z
+        found = self._read(rows, names)
+        e_t, e_s, _ = self._three(rows)
         if self.complete:
-            torch.addcmul(e, a, (z / found["z_t"]).neg_()[:, None], out=s)
+            ratio = found["z_s"] / found["z_t"]
+            torch.addcmul(e_s, e_t, ratio.neg_()[:, None], out=self.s[rows])
         else:
-            s.copy_(e)
-            t.copy_(a)
+            self.s[rows], self.t[rows] = e_s, e_t
         return found
 
     def _p(self, rows: slice, names: Sequence[str]) -> dict:
         found = self._read(rows, names)
-        if self.t is None:
-            self.s[rows] = self._three(rows)[1]
-        else:
-            self.t[rows] = self._three(rows)[1]
+        (self.s if self.t is None else self.t)[rows] = self._three(rows)[1]
         return found
 
     def _read(self, rows: slice, names: Sequence[str]) -> dict:
-        """All sums; s and t are left as they are, e^s in the second scratch buffer."""
+        """All sums; s and t are left as they are, e^t and e^s in the first two scratch buffers."""
         s = self.s[rows]
         a, b, c = self._three(rows)
         found = self._teacher(rows, names, a, c)
