@@ -49,18 +49,13 @@ def available() -> bool:
     return not os.environ.get("MEGAOPD_NO_NATIVE") and _library() is not None
 
 
-def local_moments(
-    s: Tensor, t: Tensor | None, names: Sequence[str], head_max: Sequence[Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
+def local_moments(s: Tensor, t: Tensor | None, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Offsets [1 or 2, C] and the named sums [len(names), C] relative to them; see Blocks.moments.
 
-    An offset is 0, or the row's maximum where a sum would leave [1e-15, 1e15], or the maximum with
-    head_max [C] (one a law) where that is 34 or more. -inf where Vp = 0.
+    An offset is 0, or the row's maximum where a sum would leave [1e-15, 1e15]. -inf where Vp = 0.
     """
     job = _Call(s, t)
     offsets, sums = job.moments(names)
-    if head_max is not None:
-        job.rows(head_s=head_max[0], head_t=head_max[1] if t is not None else None)
     job.run("moments_rows")
     return offsets, _named(sums, names)
 
@@ -146,7 +141,7 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("s", "t")),
         *((name, ctypes.c_int64) for name in ("rows", "width", "s_stride", "t_stride")),
         *((name, ctypes.c_void_p) for name in ("m_s", "log_z_s", "m_t", "log_z_t")),
-        *((name, ctypes.c_void_p) for name in ("p", "pd", "px", "q", "head_s", "head_t")),
+        *((name, ctypes.c_void_p) for name in ("p", "pd", "px", "q")),
         *((name, ctypes.c_void_p) for name in ("offsets", "sums", "value")),
         *((name, ctypes.c_void_p) for name in ("kinds", "parameters", "coefs")),
         *((name, ctypes.c_int64) for name in ("parts", "names")),

@@ -11,7 +11,6 @@ typedef struct {
     int64_t rows, width, s_stride, t_stride;
     const float *m_s, *log_z_s, *m_t, *log_z_t; /* log p = (s - m_s) - log_z_s */
     const float *p, *pd, *px, *q;               /* coefficients [rows]; NULL: absent */
-    const float *head_s, *head_t;               /* offsets are at least these where >= LOG_LIMIT */
     float *offsets, *sums, *value;              /* [2, rows], [.., rows], [rows] */
     const int32_t *kinds;                       /* [parts] */
     const float *parameters, *coefs;            /* [parts], [parts, rows] */

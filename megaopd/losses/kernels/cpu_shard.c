@@ -62,7 +62,7 @@ INLINE void moments_segment(const int want, const Segment *g, const Shift *shift
         if (want >> i & 1) sums[i] += total(lanes[i]);
 }
 
-static float row_maximum(const float *x, int64_t width, const float *head, int64_t row) {
+static float row_maximum(const float *x, int64_t width) {
     float best = OUT;
     vec m = all(OUT);
     int64_t i = 0;
@@ -72,7 +72,7 @@ static float row_maximum(const float *x, int64_t width, const float *head, int64
     }
     for (; i < width; i++) best = x[i] > best ? x[i] : best;
     for (int l = 0; l < LANES; l++) best = m[l] > best ? m[l] : best;
-    return head && head[row] > best ? head[row] : best;
+    return best;
 }
 
 /* Sums of a row relative to job->offsets: 0, or the maximum where with 0 a sum is out of range. It
@@ -80,14 +80,12 @@ is begun anew as soon as that shows. */
 INLINE void moments_row(const int want, const Job *job, int64_t row, float *e_s, float *e_t,
                         double *sums) {
     const float *x[2] = {job->s + row * job->s_stride, job->t ? job->t + row * job->t_stride : 0};
-    const float *head[2] = {job->head_s, job->head_t};
     const int laws = want & Z_T ? 2 : 1;
-    int raised[2], done = 0;
-    for (int l = 0; l < 2; l++) raised[l] = l < laws && head[l] && !(head[l][row] < LOG_LIMIT);
+    int raised[2] = {0, 0}, done = 0;
     while (!done) {
         Shift to[2];
         for (int l = 0; l < laws; l++) {
-            float m = raised[l] ? row_maximum(x[l], job->width, head[l], row) : 0;
+            float m = raised[l] ? row_maximum(x[l], job->width) : 0;
             job->offsets[l * job->rows + row] = m;
             to[l] = shift_of(m);
         }
