@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types and tests: bash launch/test.sh [--full] [pytest arguments]. --full adds the slow ones.
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+[ "$kind" = gpu ] || add_sglang  # its tests run on CPU servers
 
 select=(-m "not slow")
 if [ "${1:-}" = --full ]; then select=(); shift; fi

@@ -92,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     quickstart = commands.add_parser("quickstart", help="the whole loop on a toy problem")
     quickstart.add_argument("--dir", type=Path, default=Path("runs/quickstart"))
     quickstart.add_argument("--seed", type=int, default=0)
+    quickstart.add_argument(
+        "--rollout",
+        choices=("embedded", "sglang"),
+        default="embedded",
+        help="sample inside the ranks, or on an SGLang server that is started for the run",
+    )
     quickstart.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the OPD")
     quickstart.set_defaults(command=_quickstart)
     return parser
@@ -182,8 +188,9 @@ def _quickstart(arguments: argparse.Namespace) -> int:
     from megaopd import quickstart
     from megaopd.launch import run_ranks, under_torchrun
 
+    overrides = [f"rollout.engine={arguments.rollout}", *arguments.overrides]
     if under_torchrun():
-        quickstart.run(arguments.dir, arguments.seed, arguments.overrides)
+        quickstart.run(arguments.dir, arguments.seed, overrides)
         return 0
-    quickstart.check(arguments.dir, arguments.overrides)
+    quickstart.check(arguments.dir, overrides)
     return run_ranks(arguments.argv, quickstart.RANKS)

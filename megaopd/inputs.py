@@ -1,6 +1,7 @@
 """What a run is given, checked before anything is trained."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 from megaopd import config as config_io
 from megaopd.data.config import DataConfig
 from megaopd.data.prompts import fixed_set
-from megaopd.data.types import Prompt
+from megaopd.data.tasks import score
+from megaopd.data.types import Prompt, Sample
 from megaopd.errors import UserError
 from megaopd.schema import Config
 
@@ -26,6 +28,21 @@ def eos_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:
         named = json.loads(path.read_text()).get("eos_token_id") or []
         ids += named if isinstance(named, list) else [named]
     return tuple(dict.fromkeys(ids))
+
+
+def response_text(sample: Sample, tokenizer: Any, eos_ids: Sequence[int]) -> str:
+    """The response as text, without the token that ended it."""
+    ids = list(sample.response_ids)
+    if ids and ids[-1] in eos_ids:
+        ids.pop()
+    return tokenizer.decode(ids)
+
+
+def reward_of(sample: Sample, tokenizer: Any, eos_ids: Sequence[int]) -> float | None:
+    """An episode's reward is its environment's; a response's is its verifier's."""
+    if "turn_rewards" in sample.meta:
+        return sample.reward
+    return score(sample.prompt, response_text(sample, tokenizer, eos_ids))
 
 
 def held_out(config: Config, tokenizer: Any) -> list[Prompt]:
@@ -63,7 +80,7 @@ def check_run_dir(config: Config, *, has_checkpoints: bool) -> None:
     before = config_io.read_toml(directory / "config.toml")
     changed = []
     for section, values in config_io.to_dict(config).items():
-        if section in ("parallel", "checkpoint", "report", "eval"):
+        if section in ("parallel", "server", "checkpoint", "report", "eval"):
             continue
         for key, value in values.items():
             if (section, key) != ("run", "steps") and before.get(section, {}).get(key) != value:

@@ -1,6 +1,5 @@
 """What the loop of run.py is made of: built once, checked before anything is trained."""
 
-import hashlib
 import json
 import sys
 import time
@@ -12,19 +11,22 @@ from types import TracebackType
 from typing import Any
 
 from megaopd import config as config_io
-from megaopd import faults, platform
+from megaopd import faults
 from megaopd.data.prompts import PromptStream
-from megaopd.data.tasks import score
+from megaopd.data.tasks import EnvironmentTask, get_task
 from megaopd.data.tokenizer import check_same_tokenizer, load_tokenizer
 from megaopd.data.types import Prompt, Sample
 from megaopd.errors import UserError
-from megaopd.inputs import check_run_dir, eos_ids, held_out, pad_id
+from megaopd.inputs import check_run_dir, eos_ids, held_out, pad_id, response_text, reward_of
 from megaopd.models.build import architecture, check_layout, padded_vocab, read_hf_config
 from megaopd.objectives.alarms import new_alarms
-from megaopd.parallel import Grid, gather_objects, make_grid
+from megaopd.parallel import Grid, make_grid
 from megaopd.report.metrics import MetricLogger, read_metrics
-from megaopd.rollout.base import Request, RolloutEngine, SamplingParams
-from megaopd.rollout.hf import EmbeddedEngine
+from megaopd.rollout.agent import AgentEngine
+from megaopd.rollout.base import SamplingParams
+from megaopd.rollout.engines import make_engine
+from megaopd.rollout.episode import episode_metrics
+from megaopd.sampler import Sampler
 from megaopd.schema import Config
 from megaopd.trainer.batch import MicroBatch, make_micro_batches
 from megaopd.trainer.checkpoint import Checkpoints
@@ -88,7 +90,7 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
         prompts=prompts,
         student=student,
         teacher=teacher,
-        engine=_engine(config, tokenizer),
+        sampler=_sampler(config, grid, tokenizer, prompts, student, teacher, training=training),
         training=training,
         held_out=held_out(config, tokenizer),
     )
@@ -97,23 +99,47 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
     return parts
 
 
-def _engine(config: Config, tokenizer: Any) -> RolloutEngine:
-    import torch
-
-    return EmbeddedEngine(
-        config.student.hf_dir,
-        eos_ids=eos_ids(config, tokenizer),
+def _sampler(
+    config: Config,
+    grid: Grid,
+    tokenizer: Any,
+    prompts: PromptStream,
+    student: Student,
+    teacher: Teacher | None,
+    *,
+    training: bool,
+) -> Sampler:
+    ends = eos_ids(config, tokenizer)
+    inner = make_engine(
+        config.rollout,
+        config.server,
+        config.student,
+        eos_ids=ends,
         pad_id=pad_id(tokenizer),
-        dtype=getattr(torch, config.student.dtype),
-        device=platform.device(),
-        batch_size=config.rollout.batch_size,
+        run_dir=Path(config.run.dir),
+        grid=grid,
     )
-
-
-def request_seed(run_seed: int, step: int, prompt: Prompt, index: int) -> int:
-    """The seed of one sample: a function of run, step, prompt and index, the same on any layout."""
-    key = f"{run_seed}/{step}/{prompt.id}/{index}".encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big")
+    limit = config.trainer.max_sequence or student.arch.max_positions
+    engine = AgentEngine(
+        inner,
+        tokenizer,
+        config.agent,
+        template=config.data.template,
+        vocab=student.vocab,
+        max_positions=min(student.arch.max_positions, limit),
+    )
+    if config.data.task and isinstance(get_task(config.data.task), EnvironmentTask):
+        _ = engine.turns  # a chat template that cannot separate turns is refused now
+    return Sampler(
+        config,
+        engine,
+        prompts,
+        grid,
+        student,
+        teacher,
+        reward=lambda sample: reward_of(sample, tokenizer, ends),
+        training=training,
+    )
 
 
 @dataclass
@@ -127,7 +153,7 @@ class Parts:
     prompts: PromptStream
     student: Student
     teacher: Teacher | None
-    engine: RolloutEngine
+    sampler: Sampler
     held_out: list[Prompt]
     training: bool = True
     first_step: int = 0
@@ -189,45 +215,21 @@ class Parts:
     def sync_weights(self, version: int) -> None:
         """Give the engine the student's current weights."""
         with self.timed("sync"):
-            self.engine.update_weights(self.student.weights(), version)
+            self.sampler.sync(version)
 
     def sample(self, step: int) -> list[Sample]:
-        """The student's responses to the next prompts, in order, the same list on every rank."""
+        """The student's responses of this step, in order, the same list on every rank."""
         faults.point("rollout")
-        rollout = self.config.rollout
         with self.timed("rollout"):
-            prompts = self.prompts.next_batch(rollout.prompts_per_step)
-            return self._generate(
-                prompts, step, rollout.samples_per_prompt, SamplingParams.from_config(rollout)
-            )
-
-    def _generate(
-        self, prompts: Sequence[Prompt], step: int, per_prompt: int, params: SamplingParams
-    ) -> list[Sample]:
-        requests = [
-            Request(prompt, request_seed(self.config.run.seed, step, prompt, i), i)
-            for prompt in prompts
-            for i in range(per_prompt)
-        ]
-        world, rank = self.grid.world_size, self.grid.rank
-        mine = requests[rank::world]
-        made = gather_objects(self.engine.generate(mine, params) if mine else [])
-        samples: list[Any] = [None] * len(requests)
-        for other, part in enumerate(made):
-            samples[other::world] = part
-        return samples
+            return self.sampler.sample(step)
 
     def verify(self, samples: Sequence[Sample]) -> list[Sample]:
         """Rewards from each prompt's own task; samples of prompts without one keep None."""
         with self.timed("verify"):
-            return [replace(s, reward=score(s.prompt, self.text(s))) for s in samples]
+            return [replace(s, reward=reward_of(s, self.tokenizer, self.eos_ids)) for s in samples]
 
     def text(self, sample: Sample) -> str:
-        """The response as text, without the token that ended it."""
-        ids = list(sample.response_ids)
-        if ids and ids[-1] in self.eos_ids:
-            ids.pop()
-        return self.tokenizer.decode(ids)
+        return response_text(sample, self.tokenizer, self.eos_ids)
 
     def examples(self) -> list[Sample]:
         """The next prompts with the data's own answers as responses (supervised fine-tuning)."""
@@ -270,9 +272,12 @@ class Parts:
         extra["truncated"] = sum(s.finish_reason == "length" for s in samples) / len(samples)
         if rewards:
             extra["reward"] = sum(rewards) / len(rewards)
+        extra |= episode_metrics(samples)
         extra["tokens_per_s"] = sum(lengths) / max(spent, 1e-9)
         if self.logger is not None:
-            self.logger.log_metrics(step, {**metrics, **extra, **self.times})
+            self.logger.log_metrics(
+                step, {**metrics, **extra, **self.sampler.metrics(), **self.times}
+            )
             self.history.append(metrics)
             for text in new_alarms(self.history).values():
                 self.warn("alarm", text, step=step)
@@ -300,11 +305,11 @@ class Parts:
         """Greedy reward on the held-out prompts; the objective on sampled responses to them."""
         self.sync_weights(version=step)
         params = SamplingParams.from_config(self.config.rollout)
-        greedy = self.verify(self._generate(self.held_out, -1, 1, params.greedy()))
+        greedy = self.verify(self.sampler.generate(self.held_out, -1, 1, params.greedy()))
         rewards = [s.reward for s in greedy if s.reward is not None]
         result = {"accuracy": sum(rewards) / len(rewards)} if rewards else {}
         if self.teacher is not None:
-            sampled = self._generate(self.held_out, -2, 1, params)
+            sampled = self.sampler.generate(self.held_out, -2, 1, params)
             scored = self.student.score(self.micro_batches(sampled), self.teacher)
             result |= {name: scored[name] for name in EVALUATED if name in scored}
         self._save_samples(greedy)
@@ -332,7 +337,7 @@ class Parts:
         if not last and not (every and step % every == 0):
             return
         run_state = {
-            "prompts": self.prompts.state_dict(),
+            "prompts": self.sampler.cursor,
             "evaluations": {str(k): v for k, v in self.evaluations.items()},
         }
         self.checkpoints.save(step, self.student, run_state, self.config.student.hf_dir)
@@ -356,5 +361,6 @@ class Parts:
     def __exit__(
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
+        self.sampler.close()
         if self.logger is not None:
             self.logger.close()

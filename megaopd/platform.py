@@ -41,6 +41,22 @@ def device() -> Any:
     return torch.device("cpu")
 
 
+def synchronize() -> None:
+    """Wait until this rank's GPU has done what it was given."""
+    import torch
+
+    if has_gpu():
+        torch.cuda.synchronize()
+
+
+def empty_cache() -> None:
+    """Give freed GPU memory back to the device, where another process can have it."""
+    import torch
+
+    if has_gpu():
+        torch.cuda.empty_cache()
+
+
 def use_transformer_engine() -> bool:
     """True where the Transformer Engine layer spec can run: it imports and a GPU is there."""
     if not has_gpu():
@@ -84,6 +100,8 @@ def install() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     # megatron-core warns about every GPU package that is absent; `megaopd doctor` says it once.
     warnings.filterwarnings("ignore", module=r"megatron\.")
+    # SGLang brings a torchvision without image files, which transformers imports.
+    warnings.filterwarnings("ignore", message="Failed to load image Python extension")
     # Raised inside the mode below on megatron-core's behalf.
     for text in ("Please use DTensor", "The .grad attribute", ".*is deprecated. Please use"):
         warnings.filterwarnings("ignore", message=text)

@@ -35,6 +35,7 @@ SHAPES = {
     },
 }
 NEXT = (
+    "bash launch/quickstart.sh --dir runs/sglang --rollout sglang  # samples on an SGLang server",
     "bash launch/quickstart.sh --dir runs/fkl objective.loss=fkl   # forward KL instead",
     "bash launch/quickstart.sh --dir runs/long run.steps=1400      # distil twice as long",
     ".venv/bin/megaopd eval --config {dir}/config.toml student.path={dir}/export",

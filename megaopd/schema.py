@@ -17,7 +17,7 @@ from megaopd.objectives.spec import ObjectiveConfig
 from megaopd.objectives.validate import check_run, warnings
 from megaopd.parallel import ParallelConfig
 from megaopd.report.config import ReportConfig
-from megaopd.rollout.config import RolloutConfig
+from megaopd.rollout.config import AgentConfig, RolloutConfig, ServerConfig
 from megaopd.trainer.config import CheckpointConfig, OptimConfig, TrainerConfig
 
 
@@ -63,6 +63,8 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -88,7 +90,19 @@ class Config:
                 expected="no teacher: it would be ignored",
                 fix="remove teacher.path, or set objective.loss=rkl",
             )
-        # The embedded engine reports the law that it samples from; the data's answers have none.
+        if self.rollout.engine == "embedded" and self.server != ServerConfig():
+            raise UserError(
+                "[server] is set with rollout.engine = embedded",
+                expected="no servers: the embedded engine samples inside the training ranks",
+                fix="set rollout.engine=sglang, or remove [server]",
+            )
+        if self.server.placement == "colocated" and self.rollout.staleness:
+            raise UserError(
+                f"server.placement = colocated with rollout.staleness = {self.rollout.staleness}",
+                expected="0: on the same GPUs servers and trainer take turns",
+                fix="set rollout.staleness=0, or server.placement=separate",
+            )
+        # Every engine reports the law that it samples from; the data's answers have none.
         check_run(self.objective, log_probs=self.on_policy)
         if self.objective.loss_agg.endswith("norm") and not self.trainer.max_sequence:
             raise UserError(

@@ -27,24 +27,40 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Response tokens [start, end) that one version of the weights sampled."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Sample:
     """One response of the student to one prompt, as token ids, never as text.
 
     `log_probs[t]` is the log-probability of `response_ids[t]` under the law it was sampled from.
     `loss_mask[t]` is 1 on tokens that the student sampled and 0 on injected ones; None: all 1.
+    `spans` cut the sampled tokens by the weights that sampled them, in order; (): all by
+    `weight_version`, which is the oldest of them.
 
     Raises:
-        ValueError: lengths differ, or a log-prob is not finite or above 0: the engine is at fault.
+        ValueError: lengths differ, a log-prob is not finite or above 0, or the spans do not cover
+            the sampled tokens once: the engine is at fault.
     """
 
     prompt: Prompt
     response_ids: tuple[int, ...]
     log_probs: tuple[float, ...] | None
     finish_reason: FinishReason
-    weight_version: int  # of the weights that sampled it
+    weight_version: int  # of the oldest weights that sampled it
     index: int = 0  # which sample of the prompt's group
     reward: float | None = None  # in [0, 1]; None: not scored
     loss_mask: tuple[int, ...] | None = None
+    spans: tuple[Span, ...] = ()
+    # The student's most probable ids at each position while sampling, where they were asked for.
+    top_ids: tuple[tuple[int, ...], ...] | None = None
+    meta: dict[str, Any] = field(default_factory=dict, hash=False)  # of the episode, of the engine
 
     def __post_init__(self) -> None:
         count = len(self.response_ids)
@@ -52,6 +68,7 @@ class Sample:
             raise ValueError(
                 f"sample of {self.prompt.id}: {len(self.loss_mask)} mask values for {count} tokens"
             )
+        self._check_spans(count)
         if self.log_probs is None:
             return
         if len(self.log_probs) != count:
@@ -64,6 +81,29 @@ class Sample:
                     f"sample of {self.prompt.id}: log-prob {value} at token {position}; "
                     "expected finite and at most 0"
                 )
+
+    def _check_spans(self, count: int) -> None:
+        """In order, without overlap, over every token that the student sampled."""
+        if not self.spans:
+            return
+        end, covered = 0, 0
+        for span in self.spans:
+            if not end <= span.start <= span.end <= count:
+                raise ValueError(
+                    f"sample of {self.prompt.id}: spans {self.spans} of {count} tokens"
+                )
+            covered, end = covered + span.end - span.start, span.end
+        sampled = count if self.loss_mask is None else sum(self.loss_mask)
+        if covered != sampled or min(s.version for s in self.spans) != self.weight_version:
+            raise ValueError(
+                f"sample of {self.prompt.id}: spans {self.spans} for {sampled} sampled tokens of "
+                f"version {self.weight_version}"
+            )
+
+    @property
+    def newest_version(self) -> int:
+        """Of the weights that sampled its last tokens."""
+        return self.spans[-1].version if self.spans else self.weight_version
 
     @property
     def tokens(self) -> tuple[int, ...]:

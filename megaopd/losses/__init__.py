@@ -3,8 +3,9 @@
 What is right is in reference.py; which losses exist, in terms.py and divergences.py. A chunk of
 logits goes through engine.py -> chunk.py (communication) -> blocks.py or kernels/ (all numbers of
 the vocabulary); dense.py and fused_head.py are the entrances for given logits and for hidden
-states. sampled.py, importance.py and sinkhorn.py hold what lives on sampled tokens or whole chunks,
-reduce.py the weights with which tokens are summed. docs/losses.md says which loss to choose.
+states. remote.py is a teacher elsewhere, known by log-probs of a few tokens. sampled.py,
+importance.py and sinkhorn.py hold what lives on sampled tokens or whole chunks, reduce.py the
+weights with which tokens are summed. docs/losses.md says which loss to choose.
 """
 
 from megaopd.losses.dense import vocab_parallel_divergence, vocab_parallel_log_prob
@@ -19,6 +20,7 @@ from megaopd.losses.fused_head import (
 )
 from megaopd.losses.importance import tis_weights, vopd_baseline
 from megaopd.losses.reduce import LOSS_AGG, loss_weights
+from megaopd.losses.remote import ListedTeacher
 from megaopd.losses.sampled import sampled_loss, sampled_terms
 from megaopd.losses.sinkhorn import sinkhorn_divergence
 from megaopd.losses.terms import CrossEntropy, Divergence, Entropy, Sampled, Target
@@ -30,6 +32,7 @@ __all__ = [
     "Divergence",
     "Entropy",
     "FusedLoss",
+    "ListedTeacher",
     "Objective",
     "OutputLayer",
     "Sampled",

@@ -6,6 +6,7 @@ communication between those passes, and the algebra on a few numbers a token:
 
     0  one all-gather      only with a top-k list: its ids and both models' logits; the listed
                            tokens are then taken out of the logits, so that what is left is the tail
+                           (remote.py: a list from a teacher elsewhere; one SUM instead)
     1  one packed MAX      the offsets of both laws
        one packed SUM      z_s, z_t and the moments that the terms and statistics ask for
     2  one packed SUM      only for mixtures and general f: the values and sum of G
@@ -33,6 +34,7 @@ from megaopd.losses.evaluate import Contributions, Evaluation, Labels, evaluate_
 from megaopd.losses.lists import head_laws
 from megaopd.losses.native import NativeBlocks, make_blocks
 from megaopd.losses.plan import Plan
+from megaopd.losses.remote import Given
 from megaopd.losses.topk import MASKED, Head, contains, global_lists, take_out_
 from megaopd.losses.vocab_parallel import all_reduce_max_, all_reduce_sum_
 
@@ -81,12 +83,18 @@ def run_chunk(
     weights [terms, C]: token weight x coefficient of each term; they scale the gradient only.
     """
     labels = _local_labels(plan, s, t, batch.labels)
-    head, teacher_list = _take_head(plan, s, t, batch.labels)
+    given = None if plan.known is None else Given.of(plan, batch.inputs, batch.labels)
+    if given is None:
+        head, teacher_list = _take_head(plan, s, t, batch.labels)
+    else:
+        head, teacher_list = given.take_head(plan, s)
     tops = None if head is None else [head.s.amax(1), head.t.amax(1)]
     if tops is not None and labels is not None:  # a label in the list's front is filled in later
         tops = [torch.maximum(*pair) for pair in zip(tops, (labels.s, labels.t), strict=True)]
     blocks = make_blocks(plan, s, t, want_grad, tops)
     norm, moments, tail = _moments(plan, blocks, labels, head)
+    if given is not None:
+        norm, moments, tail = given.complete(norm, moments, tail, labels, head)
     unit = len(plan.terms) == 1
     # Rows are scaled one by one: a list of numbers made a tensor would be a copy from the host.
     rows = zip(weights, plan.factors, strict=True)
@@ -97,7 +105,10 @@ def run_chunk(
         _general(plan, blocks, norm, coefs, head, values)
     for value, factor in zip(values, plan.tau_squared, strict=True):
         value *= factor
-    out = ChunkLoss(values, facts.stats(plan))
+    stats = facts.stats(plan)
+    if given is not None:
+        stats |= given.stats(plan, facts)
+    out = ChunkLoss(values, stats)
     if want_grad:
         if plan.program == "zero" and plan.sparse(s) and head is not None:
             owned, columns = plan.shard.owned(head.ids)

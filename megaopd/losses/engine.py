@@ -13,6 +13,7 @@ from megaopd.errors import UserError
 from megaopd.losses.chunk import Batch, ChunkLoss, Listed, run_chunk
 from megaopd.losses.kernels import native
 from megaopd.losses.plan import Plan, is_pld, make_plans
+from megaopd.losses.remote import Known
 from megaopd.losses.targets import apply_target_
 from megaopd.losses.terms import Term, check_positive
 from megaopd.losses.vocab_parallel import Shard, group_size
@@ -107,14 +108,24 @@ def make_engine(
     has_labels: bool,
     vocab_size: int | None,
     like: Tensor,
+    known: Known | None = None,
 ) -> Engine:
-    """Checks what users set, and chooses the chunk."""
+    """Checks what users set, and chooses the chunk.
+
+    has_teacher: its logits are given; known: what a teacher elsewhere gave instead (remote.py).
+    """
     if not terms:
         raise UserError("no terms", expected="at least one", fix="pass a Divergence")
     check_positive("softcap", softcap)
     if chunk_size is not None and chunk_size < 1:
         raise UserError(f"chunk_size={chunk_size}", expected="at least 1", fix="leave it out")
     vocab = vocab_size if vocab_size is not None else shard.width * group_size(shard.group)
+    if known is not None and stats_k is not None:
+        raise UserError(
+            f"stats_k={stats_k} with a teacher known on a list",
+            expected="no stats_k: the statistics are those of the list",
+            fix="leave stats_k out",
+        )
     plans = make_plans(
         terms,
         shard,
@@ -123,6 +134,7 @@ def make_engine(
         has_teacher=has_teacher,
         has_labels=has_labels,
         vocab=vocab,
+        known=known,
     )
     plans = [replace(p, softcap=softcap, inline=_inline(plans, like)) for p in plans]
     chunk = chunk_size or default_chunk(shard, like.device)

@@ -34,6 +34,7 @@ from torch import Tensor
 from megaopd.errors import UserError
 from megaopd.losses.engine import make_engine
 from megaopd.losses.head_pass import HeadPass, Law, fused_head
+from megaopd.losses.remote import ListedTeacher
 from megaopd.losses.sampled import ESTIMATORS
 from megaopd.losses.terms import CrossEntropy, Divergence, Sampled, Target, Term, divergence_term
 from megaopd.losses.vocab_parallel import Group, Shard, group_size
@@ -76,7 +77,7 @@ class OutputLayer:
 def fused_linear_objectives(
     hidden_TH: Tensor,
     weight_VpH: Tensor,
-    teacher: OutputLayer | None,
+    teacher: OutputLayer | ListedTeacher | None,
     objectives: Mapping[str, Objective],
     *,
     base: OutputLayer | None = None,
@@ -94,22 +95,20 @@ def fused_linear_objectives(
 ) -> FusedLoss:
     """sum over objectives and tokens of w_t L_t, in one pass over the logits.
 
-    Recipes mix terms (a divergence, sampled-token terms, SFT cross-entropy, entropy): each has its
-    own token_weights [T], and they share the matrix products. Terms with the same temperature,
-    target and list share all scalars too; each other law costs a copy of the chunk's logits.
-
-    labels [T]: sampled or supervised tokens; inputs: what sampled terms take besides
-    (old_log_prob, advantage, ...), [T] each. token_weights, labels and inputs have T rows also with
-    sequence_parallel; hidden states then have T/R. softcap c: both models' logits are c tanh(z/c).
+    Each term (a divergence, a sampled-token term, cross-entropy, entropy) has its own token_weights
+    [T]; they share the matrix products. Terms with the same temperature, target and list share all
+    scalars too; each other law costs a copy of the chunk's logits. teacher: a model, or log-probs
+    of a few tokens from elsewhere (remote.py). labels [T]: sampled or supervised tokens; inputs:
+    what sampled terms take besides (old_log_prob, advantage, ...), [T] each. With sequence_parallel
+    all of these still have T rows, hidden states T/R. softcap c: both models' z is c tanh(z/c).
 
     Gradients: hidden (summed over `group`; with sequence_parallel its own rows), weight, bias.
-    Collectives per chunk: see chunk.py, and for the hidden gradient an all-reduce of [C, H], or
-    all-gathers and a reduce-scatter with sequence_parallel. return_stats: evaluate.py's quantities
-    by name, [T] each; stats_k: on the student's top-k where no objective has a list of its own.
+    Collectives per chunk: chunk.py's; for the hidden gradient an all-reduce of [C, H] (sequence
+    parallel: all-gathers, a reduce-scatter). return_stats: evaluate.py's quantities by name, [T]
+    each; stats_k: on the student's top-k where no objective has a list of its own.
     Raises UserError for terms, shapes and options that do not fit together.
     """
-    ranks = group_size(group) if sequence_parallel else 1
-    names = list(objectives)
+    ranks, names = group_size(group) if sequence_parallel else 1, list(objectives)
     _check_shapes(hidden_TH, weight_VpH, ranks, teacher, base, objectives, labels, inputs or {})
     _check_inputs([one.term for one in objectives.values()], inputs or {})
     engine = make_engine(
@@ -119,21 +118,22 @@ def fused_linear_objectives(
         chunk_size=chunk_size,
         stats=return_stats,
         stats_k=stats_k,
-        has_teacher=teacher is not None,
+        has_teacher=isinstance(teacher, OutputLayer),
         has_base=base is not None,
         has_labels=labels is not None,
         vocab_size=vocab_size,
         like=weight_VpH,
+        known=teacher.known if isinstance(teacher, ListedTeacher) else None,
     )
     wide = torch.float64 if weight_VpH.dtype == torch.float64 else torch.float32
     weights = torch.stack([objectives[n].token_weights.detach().to(wide) for n in names])
-    numbers = {name: x.detach().to(wide) for name, x in (inputs or {}).items()}
-    laws = (_frozen(teacher), _frozen(base))
+    numbers = _numbers(inputs or {}, teacher, engine.shard, vocab_size, wide)
+    laws = _frozen(teacher), _frozen(base)
     want_grad = torch.is_grad_enabled()  # always off inside an autograd.Function, so asked here
     passed = HeadPass(engine, ranks, want_grad, into_main_grad, laws, weights, labels, numbers)
     loss, per_token, stats = fused_head(hidden_TH, weight_VpH, bias, passed)
-    terms = dict(zip(names, per_token, strict=True))
-    return FusedLoss(loss, per_token[0] if len(names) == 1 else per_token.sum(0), stats, terms)
+    total = per_token[0] if len(names) == 1 else per_token.sum(0)
+    return FusedLoss(loss, total, stats, dict(zip(names, per_token, strict=True)))
 
 
 def fused_linear_divergence(
@@ -271,7 +271,7 @@ def _check_shapes(
     hidden: Tensor,
     weight: Tensor,
     ranks: int,
-    teacher: OutputLayer | None,
+    teacher: OutputLayer | ListedTeacher | None,
     base: OutputLayer | None,
     objectives: Mapping[str, Objective],
     labels: Tensor | None,
@@ -290,14 +290,31 @@ def _check_shapes(
     vectors |= dict(inputs) | ({} if labels is None else {"labels": labels})
     for name, x in vectors.items():
         _check_rows(name, x, hidden.shape[0] * ranks, ranks)
+    if isinstance(teacher, ListedTeacher):
+        for name, x in teacher.rows().items():
+            _check_length(name, x, hidden.shape[0] * ranks, ranks)
     for name, layer in (("teacher", teacher), ("base", base)):
-        if layer is not None:
+        if isinstance(layer, OutputLayer):
             _check_rows(f"{name}_hidden", layer.hidden, hidden.shape[0], ranks)
             _check_partition(name, layer.weight, weight)
 
 
-def _frozen(layer: OutputLayer | None) -> Law | None:
-    if layer is None:
+def _numbers(
+    inputs: Mapping[str, Tensor],
+    teacher: OutputLayer | ListedTeacher | None,
+    shard: Shard,
+    vocab_size: int | None,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """What comes with a chunk's rows: sampled terms' inputs, and numbers of a listed teacher."""
+    numbers = {name: x.detach().to(dtype) for name, x in inputs.items()}
+    if isinstance(teacher, ListedTeacher):
+        numbers |= teacher.inputs(vocab_size or shard.width * group_size(shard.group), dtype)
+    return numbers
+
+
+def _frozen(layer: OutputLayer | ListedTeacher | None) -> Law | None:
+    if not isinstance(layer, OutputLayer):
         return None
     bias = None if layer.bias is None else layer.bias.detach()
     return Law(layer.hidden.detach(), layer.weight.detach(), bias)
@@ -333,6 +350,10 @@ def _check_rows(name: str, x: Tensor, rows: int, ranks: int) -> None:
     vector = not name.endswith("hidden")
     if vector and x.dim() != 1:
         raise UserError(f"{name} of shape {list(x.shape)}", expected="[T]", fix="flatten it")
+    _check_length(name, x, rows, ranks)
+
+
+def _check_length(name: str, x: Tensor, rows: int, ranks: int) -> None:
     if x.shape[0] != rows:
         raise UserError(
             f"{name} has {x.shape[0]} rows",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from megaopd.errors import UserError
+from megaopd.losses.remote import Known, check_known
 from megaopd.losses.terms import (
     CrossEntropy,
     Divergence,
@@ -56,8 +57,9 @@ class Plan:
     target: Target = field(default_factory=Target)
     lists: Lists | None = None
     stats: bool = False
-    has_teacher: bool = True
+    has_teacher: bool = True  # its logits; False also where it is known on a list
     has_labels: bool = False
+    known: Known | None = None
     softcap: float | None = None
     inline: bool = False
 
@@ -77,6 +79,11 @@ class Plan:
         if not self.inline or self.softcap is None:
             return None
         return 1 - (scaled * (self.temperature / self.softcap)).square()
+
+    @property
+    def lists_of_student(self) -> bool:
+        """Whether a listed teacher's lists are tokens that the student chose."""
+        return self.known is not None and self.known.support == "student_topk"
 
     @property
     def full(self) -> list[Divergence]:
@@ -159,18 +166,22 @@ def make_plans(
     has_teacher: bool,
     has_labels: bool,
     vocab: int,
+    known: Known | None = None,
 ) -> list[Plan]:
     """Groups terms into as few passes as their laws and lists allow. Statistics ride on the first.
 
-    Raises UserError for a term that needs labels or a teacher that is not there.
+    known: the teacher is elsewhere (remote.py), has_teacher is False. Raises UserError for a term
+    that needs labels or a teacher that is not there, or more of it than is known.
     """
     plans: list[Plan] = []
     order = sorted(range(len(terms)), key=lambda i: not isinstance(terms[i], Divergence))
     for i in order:
         term = terms[i].resolved() if isinstance(terms[i], Divergence) else terms[i]  # pyright: ignore
-        _check_inputs(term, has_teacher, has_labels)
+        _check_inputs(term, has_teacher or known is not None, has_labels)
         check_positive("temperature", _temperature(term))
-        lists = _lists(term, vocab, has_labels)
+        if known is not None:
+            check_known(term, known, vocab, has_labels)
+        lists = _lists(term, vocab, has_labels, listed=known is not None)
         for n, plan in enumerate(plans):
             if _fits(term, lists, plan):
                 plans[n] = replace(
@@ -184,7 +195,7 @@ def make_plans(
             target = term.target if isinstance(term, Divergence) else Target()
             plans.append(
                 Plan((term,), (i,), shard, _temperature(term), target, lists,
-                     has_teacher=has_teacher, has_labels=has_labels)
+                     has_teacher=has_teacher, has_labels=has_labels, known=known)
             )  # fmt: skip
     if stats:
         plan = plans[0]
@@ -207,12 +218,14 @@ def _fits(term: Term, lists: Lists | None, plan: Plan) -> bool:
     return lists is None or plan.lists is None or lists == plan.lists
 
 
-def _lists(term: Term, vocab: int, has_labels: bool) -> Lists | None:
+def _lists(term: Term, vocab: int, has_labels: bool, *, listed: bool) -> Lists | None:
+    """listed: the teacher is known on its own list, which is then what an intersection cuts."""
     if isinstance(term, Sampled) and term.k is not None:
         return Lists("student", min(term.k, vocab))
     if not isinstance(term, Divergence) or term.support == "full" or term.k is None:
         return None
-    source = "teacher" if term.support == "teacher_topk" else "student"
+    teachers = term.support == "teacher_topk" or (listed and term.support == "intersection")
+    source = "teacher" if teachers else "student"
     first = term.kind == "pld" and has_labels
     return Lists(source, min(term.k, vocab), term.support == "intersection", first)
 

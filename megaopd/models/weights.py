@@ -1,13 +1,11 @@
 """Weights between Hugging Face safetensors and a sharded model, one tensor at a time.
 
-`load_hf_weights` reads only this rank's slices. `WeightStream` is the one generator of (Hugging
-Face name, full tensor) that feeds every sink: export, the embedded rollout engine, and rollout
-servers.
+`load_hf_weights` reads only this rank's slices. `WeightStream` (models/stream.py) is the way back.
 """
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 from megaopd.errors import UserError
 from megaopd.models.build import Architecture
 from megaopd.models.names import Entry, entries, expected_names
+from megaopd.models.stream import WeightStream as WeightStream
 from megaopd.parallel import Grid
 
 INDEX = "model.safetensors.index.json"
@@ -79,6 +78,13 @@ class HfReader:
             )
         return tensor[(slice(None),) * dim + (slice(start, stop),)]
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, from the headers alone."""
+        return {
+            name: tuple(self._file(path).get_slice(name).get_shape())
+            for name, path in self.files.items()
+        }
+
     def check_names(self, arch: Architecture) -> None:
         """Every expected tensor is there, and nothing else but recomputed or tied ones."""
         wanted, have = expected_names(arch), set(self.files)
@@ -131,73 +137,6 @@ def load_hf_weights(
             entry.parameter.copy_(shard)
             if progress is not None:
                 progress(shard.numel() * shard.element_size())
-
-
-class WeightStream:
-    """Iterates over (Hugging Face name, full tensor) of a sharded model, in a fixed order.
-
-    A collective: every rank iterates it together and gets every tensor. Memory: one full tensor at
-    a time. Communication: each shard is all-gathered over its tensor group and broadcast over its
-    pipeline group once.
-    """
-
-    def __init__(self, model: Any, arch: Architecture, grid: Grid) -> None:
-        import torch.distributed as dist
-
-        self.arch, self.grid = arch, grid
-        self.own = list(entries(model, arch))
-        described = [
-            (e.hf_names, [tuple(t.shape) for t in self._shapes(e)], e.parameter.dtype)
-            for e in self.own
-        ]
-        stages: list[Any] = [None] * grid.pp_size
-        if grid.pp_size > 1:
-            dist.all_gather_object(stages, described, group=grid.groups.pp)
-        else:
-            stages = [described]
-        self.stages = stages
-        self.count = sum(len(names) for stage in stages for names, _, _ in stage)
-
-    def _shapes(self, entry: Entry) -> list[Any]:
-        import torch
-
-        meta = torch.empty(entry.parameter.shape, device="meta", dtype=entry.parameter.dtype)
-        return entry.rule.merge([meta] * self.grid.tp_size, self.arch)
-
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
-        import torch
-        import torch.distributed as dist
-
-        from megaopd import platform
-
-        ranks = self.grid.stage_ranks
-        for stage, described in enumerate(self.stages):
-            for index, (names, shapes, dtype) in enumerate(described):
-                if stage == self.grid.pp_rank:
-                    tensors = self._gather(self.own[index])
-                else:
-                    tensors = [
-                        torch.empty(shape, dtype=dtype, device=platform.device())
-                        for shape in shapes
-                    ]
-                for name, tensor in zip(names, tensors, strict=True):
-                    if self.grid.pp_size > 1:
-                        tensor = tensor.contiguous()
-                        dist.broadcast(tensor, src=ranks[stage], group=self.grid.groups.pp)
-                    yield name, tensor
-
-    def _gather(self, entry: Entry) -> list[Any]:
-        import torch
-        import torch.distributed as dist
-
-        from megaopd.models.names import Replicated
-
-        shard = entry.parameter.detach()
-        if self.grid.tp_size == 1 or isinstance(entry.rule, Replicated):
-            return entry.rule.merge([shard] * self.grid.tp_size, self.arch)
-        shards = [torch.empty_like(shard) for _ in range(self.grid.tp_size)]
-        dist.all_gather(shards, shard.contiguous(), group=self.grid.groups.tp)
-        return entry.rule.merge(shards, self.arch)
 
 
 class HfWriter:

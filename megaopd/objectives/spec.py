@@ -113,6 +113,11 @@ class ObjectiveConfig:
         return self.resolved_baseline_k
 
     @property
+    def lists_of_student(self) -> bool:
+        """Whether the loss's list is the student's own, and not (also) the teacher's."""
+        return self.resolved_support == "student_topk" or self.resolved_baseline_k > 0
+
+    @property
     def passes_labels(self) -> bool:
         """Whether the loss is given the sampled tokens.
 
@@ -132,6 +137,18 @@ class ObjectiveConfig:
         if not self.passes_labels:
             left_out.add("teacher_rank")
         return tuple(name for name in LIST_STATS if name not in left_out)
+
+    def statistics_of(self, payload: str) -> tuple[str, ...]:
+        """`list_statistics` where the teacher hands over `payload` (one of validate.PAYLOADS).
+
+        Of a teacher that gave log-probs at the student's ids, its own top-k is not known.
+        """
+        if payload == "hidden":
+            return self.list_statistics
+        if payload == "sampled" or not self.own_k:
+            return ()
+        unknown = {"overlap", "teacher_rank"} if self.lists_of_student else set()
+        return tuple(name for name in self.list_statistics if name not in unknown)
 
     @property
     def value_name(self) -> str:

@@ -101,7 +101,7 @@ def check_run(objective: "ObjectiveConfig", *, log_probs: bool, payload: str = "
 
     Args:
         log_probs: whether the samples carry the log-probs that they were drawn with.
-        payload: one of PAYLOADS.
+        payload: one of PAYLOADS; for a teacher on servers, objectives/remote.py says which.
     """
     if objective.tis != "off" and not log_probs:
         raise UserError(

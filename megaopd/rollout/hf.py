@@ -5,20 +5,20 @@ models and for laptops. It is fed by the same weight stream as a server.
 
 Sampling is by Gumbel-max with noise that is a hash of the request's seed, so a response depends on
 its own seed and not on what it is batched with, on how many ranks there are, or on what was sampled
-before. Shapes: B batch, P prompt (left-padded), V vocabulary.
+before. Shapes: B batch, P prompt (left-padded), V vocabulary, K top ids.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
-from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-from megaopd.data.types import Sample
+from megaopd.data.types import Sample, Span
 from megaopd.errors import UserError
-from megaopd.rollout.base import Request, SamplingParams, check_requests
+from megaopd.rollout.base import NeedsWeights, Probe, Request, SamplingParams, check_requests
 
 
 class EmbeddedEngine:
@@ -30,6 +30,8 @@ class EmbeddedEngine:
         pad_id: fills the left of shorter prompts.
         batch_size: most sequences generated together.
     """
+
+    shared = False
 
     def __init__(
         self,
@@ -45,7 +47,6 @@ class EmbeddedEngine:
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self.model = model.to(device).eval().requires_grad_(False)
         self.model.generation_config.pad_token_id = pad_id
-        self.model.generation_config.eos_token_id = list(eos_ids)
         self.eos_ids, self.pad_id, self.batch_size = frozenset(eos_ids), pad_id, batch_size
         self.weight_version = -1
         tied = bool(getattr(config, "tie_word_embeddings", False))
@@ -55,43 +56,70 @@ class EmbeddedEngine:
             if not (tied and name == "lm_head.weight")
         }
 
-    def update_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
-        """Copy the stream into the model in place."""
-        waiting = set(self.parameters)
-        self.weight_version = -1  # until every tensor has arrived
-        with torch.no_grad():
-            for name, tensor in weights:
-                target = self.parameters.get(name)
-                if target is None or target.shape != tensor.shape:
-                    raise UserError(
-                        f"weight {name} of shape {tuple(tensor.shape)}",
-                        expected=f"{tuple(target.shape)}" if target is not None else "no such one",
-                    )
-                target.copy_(tensor)
-                waiting.discard(name)
-        if waiting:
-            raise UserError(f"weights missing: {sorted(waiting)[:3]} ({len(waiting)} in all)")
+    def update_weights(
+        self, weights: Iterable[tuple[str, Any]], version: int, *, probe: Probe | None = None
+    ) -> dict[str, float]:
+        """Copy the stream, in the model's dtype; the model changes once all of it has arrived.
+
+        Until then both copies are held. A stream that is refused leaves the old weights in place.
+        The probe is not looked at: nothing stands between the stream and the model.
+        """
+        arrived: dict[str, torch.Tensor] = {}
+        for name, tensor in weights:
+            target = self.parameters.get(name)
+            if target is None or target.shape != tensor.shape:
+                raise UserError(
+                    f"weight {name} of shape {tuple(tensor.shape)}",
+                    expected=f"{tuple(target.shape)}" if target is not None else "no such one",
+                )
+            arrived[name] = tensor.detach().to(target.device, target.dtype, copy=True)
+        missing = sorted(self.parameters.keys() - arrived.keys())
+        if missing:
+            raise UserError(f"weights missing: {missing[:3]} ({len(missing)} in all)")
+        for name, target in self.parameters.items():
+            target.data = arrived.pop(name)
         self.weight_version = version
+        return {}
+
+    def session(self) -> "EmbeddedSession":
+        return EmbeddedSession(self)
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
         """One sample per request, in order."""
-        assert self.weight_version >= 0, "no weights yet, or an update failed"
+        self.check(requests, params)
+        session = self.session()
+        # Neighbours in length share a batch, so that little is padded.
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt.token_ids))
+        place = {session.submit(requests[i], params): i for i in order}
+        made: dict[int, Sample] = {}
+        while session.pending:
+            made |= {place[ticket]: sample for ticket, sample in session.wait()}
+        return [made[i] for i in range(len(requests))]
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def release(self) -> None:
+        """Nothing to give up: the model is a part of the trainer's process."""
+
+    def resume(self, what: Literal["weights", "kv_cache"]) -> None:
+        """Nothing was given up."""
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+    def check(self, requests: Sequence[Request], params: SamplingParams) -> None:
+        """Refuse what the model cannot take."""
         config = self.model.config
         check_requests(
             requests, params, vocab=config.vocab_size, max_positions=config.max_position_embeddings
         )
-        # Neighbours in length share a batch, so that little is padded.
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt.token_ids))
-        samples: list[Sample | None] = [None] * len(requests)
-        for start in range(0, len(order), self.batch_size):
-            chunk = order[start : start + self.batch_size]
-            made = self._generate_batch([requests[i] for i in chunk], params)
-            for i, sample in zip(chunk, made, strict=True):
-                samples[i] = sample
-        return [sample for sample in samples if sample is not None]
 
     @torch.no_grad()
-    def _generate_batch(self, requests: list[Request], params: SamplingParams) -> list[Sample]:
+    def generate_batch(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
+        """The samples of checked requests, generated together."""
+        if self.weight_version < 0:
+            raise NeedsWeights("no weights yet")
         width = max(len(r.prompt.token_ids) for r in requests)
         padded = [[self.pad_id] * (width - len(r.prompt.token_ids)) for r in requests]
         device = self.model.device
@@ -102,33 +130,103 @@ class EmbeddedEngine:
             [[0] * len(pad) + [1] * (width - len(pad)) for pad in padded], device=device
         )
         sampler = SeededSampler([r.seed for r in requests], params)
+        ends = self.eos_ids | set(params.stop_ids)
         out = self.model.generate(
             input_ids=ids.to(device),
             attention_mask=mask,
             max_new_tokens=params.max_new_tokens,
+            eos_token_id=sorted(ends) or None,
             do_sample=False,
             use_cache=True,
             logits_processor=LogitsProcessorList([sampler]),
         )
-        tokens = out[:, width:].tolist()
-        log_probs = torch.stack(sampler.log_probs, 1).tolist()
-        return [
-            self._sample(request, row, row_log_probs)
-            for request, row, row_log_probs in zip(requests, tokens, log_probs, strict=True)
-        ]
+        rows = zip(
+            requests,
+            out[:, width:].tolist(),
+            torch.stack(sampler.log_probs, 1).tolist(),
+            torch.stack(sampler.top_ids, 1).tolist() if params.top_ids else [None] * len(requests),
+            strict=True,
+        )
+        return [self._sample(ends, *row) for row in rows]
 
-    def _sample(self, request: Request, tokens: list[int], log_probs: list[float]) -> Sample:
-        end = next((t for t, token in enumerate(tokens) if token in self.eos_ids), None)
-        stopped = end is not None
-        length = end + 1 if end is not None else len(tokens)
+    def _sample(
+        self,
+        ends: frozenset[int],
+        request: Request,
+        tokens: list[int],
+        log_probs: list[float],
+        top_ids: list[list[int]] | None,
+    ) -> Sample:
+        end = next((t for t, token in enumerate(tokens) if token in ends), None)
+        length = len(tokens) if end is None else end + 1
         return Sample(
             prompt=request.prompt,
             response_ids=tuple(tokens[:length]),
             log_probs=tuple(log_probs[:length]),
-            finish_reason="stop" if stopped else "length",
+            finish_reason="length" if end is None else "stop",
             weight_version=self.weight_version,
             index=request.index,
+            spans=(Span(self.weight_version, 0, length),),
+            top_ids=None if top_ids is None else tuple(tuple(ids) for ids in top_ids[:length]),
         )
+
+
+class EmbeddedSession:
+    """Requests that wait for their batch. Generation happens inside `wait`, and nowhere else.
+
+    So only requests that still wait can be aborted (they have no tokens), a batch is never cut, and
+    `wait` takes as long as its batch whatever its timeout.
+    """
+
+    def __init__(self, engine: EmbeddedEngine) -> None:
+        self._engine = engine
+        self._queue: dict[int, tuple[Request, SamplingParams]] = {}  # by ticket, oldest first
+        self._aborted: list[tuple[int, Sample]] = []
+        self._submitted = 0
+
+    @property
+    def pending(self) -> int:
+        return len(self._queue) + len(self._aborted)
+
+    def submit(self, request: Request, params: SamplingParams) -> int:
+        self._engine.check([request], params)
+        ticket = self._submitted
+        self._submitted += 1
+        self._queue[ticket] = (request, params)
+        return ticket
+
+    def wait(self, timeout: float | None = None) -> list[tuple[int, Sample]]:
+        """What was aborted; else one batch: the oldest request, and others with its params."""
+        if self._aborted or not self._queue:
+            aborted, self._aborted = self._aborted, []
+            return aborted
+        params = next(iter(self._queue.values()))[1]
+        same = [ticket for ticket, (_, p) in self._queue.items() if p == params]
+        batch = same[: self._engine.batch_size]
+        made = self._engine.generate_batch([self._queue[ticket][0] for ticket in batch], params)
+        for ticket in batch:
+            del self._queue[ticket]
+        return list(zip(batch, made, strict=True))
+
+    def abort(self, tickets: Iterable[int] | None = None) -> None:
+        for ticket in list(self._queue) if tickets is None else tickets:
+            if ticket not in self._queue:
+                continue  # it has finished
+            request, params = self._queue.pop(ticket)
+            sample = Sample(
+                prompt=request.prompt,
+                response_ids=(),
+                log_probs=(),
+                finish_reason="abort",
+                weight_version=self._engine.weight_version,
+                index=request.index,
+                top_ids=() if params.top_ids else None,
+            )
+            self._aborted.append((ticket, sample))
+
+    def close(self) -> None:
+        self._queue.clear()
+        self._aborted.clear()
 
 
 class SeededSampler(LogitsProcessor):
@@ -138,29 +236,44 @@ class SeededSampler(LogitsProcessor):
     """
 
     def __init__(self, seeds: Sequence[int], params: SamplingParams) -> None:
-        self.greedy = params.temperature == 0
-        self.temperature = 1.0 if self.greedy else params.temperature
+        self.params = params
         self.seeds = torch.tensor(seeds)
-        self.warpers: list[Any] = []
-        if params.top_k and not self.greedy:
-            self.warpers.append(TopKLogitsWarper(params.top_k))
-        if params.top_p < 1 and not self.greedy:
-            self.warpers.append(TopPLogitsWarper(params.top_p))
-        self.log_probs: list[torch.Tensor] = []
+        self.log_probs: list[torch.Tensor] = []  # [B] of each step
+        self.top_ids: list[torch.Tensor] = []  # [B, K] of each step
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         """[B, P], [B, V] -> [B, V] with -inf everywhere but at the chosen token."""
-        logits = scores.float() / self.temperature
-        for warp in self.warpers:
-            logits = warp(input_ids, logits)
-        log_probs = logits.log_softmax(-1)
-        noisy = logits
-        if not self.greedy:
-            step = len(self.log_probs)
-            noisy = log_probs + gumbel(self.seeds.to(logits.device), step, logits.shape[1])
+        step = len(self.log_probs)
+        if self.params.top_ids:
+            self.top_ids.append(scores.topk(min(self.params.top_ids, scores.shape[1])).indices)
+        log_probs = noisy = law(scores.float(), self.params)
+        if self.params.temperature > 0:
+            noisy = log_probs + gumbel(self.seeds.to(scores.device), step, scores.shape[1])
         chosen = noisy.argmax(-1, True)
         self.log_probs.append(log_probs.gather(1, chosen).squeeze(1))
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+def law(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """[B, V] logits -> [B, V] log-probs of the law that tokens are drawn from.
+
+    SGLang's law: after the temperature, a token is kept if fewer than top_k are more probable, if
+    those have no more than top_p of the *whole* vocabulary's mass (not of what top-k has left), and
+    if it is no less probable than min_p x the most probable one. What is kept is renormalised.
+    """
+    log_probs = (logits / (params.temperature or 1.0)).log_softmax(-1)
+    if not params.truncated:
+        return log_probs
+    size = logits.shape[-1]
+    ordered, ids = log_probs.topk(min(params.top_k or size, size))
+    probs = ordered.exp()
+    cut = torch.zeros_like(ids, dtype=torch.bool)
+    if params.top_p < 1:
+        cut |= probs.cumsum(-1) - probs > params.top_p
+    if params.min_p > 0:
+        cut |= ordered < ordered[:, :1] + math.log(params.min_p)
+    kept = ordered.masked_fill(cut, -torch.inf)
+    return torch.full_like(log_probs, -torch.inf).scatter_(-1, ids, kept).log_softmax(-1)
 
 
 def gumbel(seeds: torch.Tensor, step: int, vocab: int) -> torch.Tensor:

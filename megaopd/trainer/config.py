@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urlsplit
 
 from megaopd.errors import UserError
 
@@ -62,3 +63,43 @@ class CheckpointConfig:
                 f"checkpoint.every = {self.every}, checkpoint.keep = {self.keep}",
                 expected="every >= 0 and keep >= 1",
             )
+
+
+@dataclass(frozen=True)
+class RemoteTeacherConfig:
+    """A teacher on SGLang servers that run already, in place of one beside the student.
+
+    What it is asked for follows from the objective (objectives/remote.py): log-probs of the sampled
+    tokens, and those of lists of objective.k tokens where the loss is on a list.
+    """
+
+    addresses: tuple[str, ...] = ()  # URLs, all of the same model; empty: no such teacher
+    api_key_env: str = ""  # environment variable that holds the servers' key; empty: none
+    vocab_size: int = 0  # ids of the teacher's model; 0: ask the server
+    batch_tokens: int = 16384  # tokens of the sequences that are sent in one call
+    calls: int = 4  # calls under way on one server, for each data-parallel rank
+    timeout_s: float = 600.0  # of one call; then it is aborted and sent again
+    retries: int = 8  # of one sequence, with pauses of 90 s in all, before the run fails
+    max_union: int = 4096  # ids of one request about the student's top-k
+    max_entries: int = 2_000_000  # log-probs that one sample's student top-k may cost
+
+    def __post_init__(self) -> None:
+        for name in ("batch_tokens", "calls", "max_union", "max_entries"):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"remote_teacher.{name} = {getattr(self, name)}", expected="at least 1"
+                )
+        for name in ("vocab_size", "retries"):
+            if getattr(self, name) < 0:
+                raise UserError(
+                    f"remote_teacher.{name} = {getattr(self, name)}", expected="0 or more"
+                )
+        if not self.timeout_s > 0:
+            raise UserError(f"remote_teacher.timeout_s = {self.timeout_s}", expected="above 0")
+        for address in self.addresses:
+            parts = urlsplit(address)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise UserError(
+                    f"remote_teacher.addresses holds {address!r}",
+                    expected="URLs such as http://host:30000",
+                )

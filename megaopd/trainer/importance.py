@@ -6,18 +6,16 @@ rollout these are the current ones, so that one pass serves the whole step.
 Shapes: B micro-batch, S sequence, T the rows that the loss looks at.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from megaopd.errors import UserError
-from megaopd.losses import fused_linear_log_prob
 from megaopd.losses.importance import tis_weights
 from megaopd.objectives.spec import ObjectiveConfig
 from megaopd.parallel import Grid, sum_from_last_stage
 from megaopd.trainer.batch import MicroBatch
-from megaopd.trainer.step import run_schedule
+from megaopd.trainer.log_probs import token_log_probs
 
 
 def with_importance_weights(
@@ -46,33 +44,21 @@ def with_importance_weights(
             fix="set objective.tis=off",
         )
 
-    def forward_step(iterator: Iterator[MicroBatch], stage: Any) -> tuple[Any, Any]:
-        micro = next(iterator)
-        return stage(micro.tokens, micro.position_ids, None), partial(log_prob, micro)
-
-    def log_prob(micro: MicroBatch, hidden: Any, non_loss_data: bool = True) -> Any:
-        return fused_linear_log_prob(
-            micro.select(hidden),
-            output_weight(),
-            micro.labels_T,
-            group=grid.groups.tp,
-            vocab_size=vocab,
-            chunk_size=objective.chunk_size or None,
-            sequence_parallel=grid.config.sequence,
-        )
-
-    with torch.no_grad():
-        made = run_schedule(
-            model, grid, micro_batches, forward_step, forward_only=True, collect=True
-        )
+    made = token_log_probs(
+        model,
+        output_weight,
+        grid,
+        micro_batches,
+        vocab=vocab,
+        chunk_size=objective.chunk_size or None,
+    )
     micro_batches = [
-        weigh(micro, old_T, objective)
-        for micro, old_T in zip(micro_batches, made or [None] * len(micro_batches), strict=True)
+        weigh(micro, old_T, objective) for micro, old_T in zip(micro_batches, made, strict=True)
     ]
     if objective.loss_agg != "token-mean":
         return micro_batches
     local = torch.zeros(2, dtype=torch.float64, device=micro_batches[0].tokens.device)
-    for micro in micro_batches if made else ():
+    for micro in micro_batches if grid.is_last_stage else ():
         kept = micro.importance_weights_T > 0
         local += torch.stack([micro.weights_T.sum(), micro.weights_T[kept].sum()])
     total, kept = sum_from_last_stage(local, grid).tolist()

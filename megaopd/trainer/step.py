@@ -81,7 +81,8 @@ def objective_pass(
         model: the student stage (wrapped in DDP where gradients are wanted).
         output_weight: callable that gives the student's [Vp, H] shard; used on the last stage.
         vocab: ids that are real in both models; logits of padded ids count for nothing.
-        teacher_hidden: one [T, Ht] per micro-batch on the last stage, or None for sft.
+        teacher_hidden: one [T, Ht] per micro-batch on the last stage, or None for sft and for a
+            teacher on servers, whose scores are in the micro-batches.
         teacher_weight: callable that gives the teacher's [Vp, Ht] shard on the same partition.
 
     Returns:
@@ -105,7 +106,7 @@ def objective_pass(
         result = fused_linear_objectives(
             micro.select(hidden),
             weight,
-            None if hidden_t is None else OutputLayer(hidden_t, teacher_weight()),
+            micro.remote if hidden_t is None else OutputLayer(hidden_t, teacher_weight()),
             _weighted(terms, micro),
             labels=micro.labels_T if objective.passes_labels else None,
             vocab_size=vocab,
@@ -121,7 +122,7 @@ def objective_pass(
 
     sums = run_schedule(model, grid, inputs, forward_step, forward_only=forward_only)
     totals = _reduce(sums, grid, device=micro_batches[0].tokens.device)
-    return _metrics(totals, objective, micro_batches[0].has_rollout_log_probs)
+    return _metrics(totals, objective, micro_batches[0])
 
 
 def _weighted(terms: dict[str, WeightedTerm], micro: MicroBatch) -> dict[str, Objective]:
@@ -161,9 +162,9 @@ def _reduce(sums: list[Any], grid: Grid, *, device: Any) -> dict[str, float]:
 
 
 def _metrics(
-    totals: dict[str, float], objective: ObjectiveConfig, has_rollout_log_probs: bool
+    totals: dict[str, float], objective: ObjectiveConfig, micro: MicroBatch
 ) -> dict[str, float]:
-    """Token means by the name that they are logged under.
+    """Token means by the name that they are logged under; micro: any one of the step's.
 
     The loss's raw value is kl, nll or distill (objective.value_name). Entropies, log-probs and list
     statistics are those of the objective's temperature and target.
@@ -173,14 +174,15 @@ def _metrics(
     metrics = {"loss": totals["loss"], "tokens": tokens, "entropy": means["student_entropy"]}
     if objective.needs_teacher:
         metrics[objective.value_name] = means["distill"]
-        metrics["teacher_entropy"] = means["teacher_entropy"]
+        if micro.payload == "hidden":
+            metrics["teacher_entropy"] = means["teacher_entropy"]
         if objective.passes_labels:
             metrics["log_ratio"] = means["student_log_prob"] - means["teacher_log_prob"]
     if objective.loss == "sft" or objective.sft_coef:
         metrics["nll"] = means["sft"]
-    metrics |= {name: means[name] for name in objective.list_statistics}
+    metrics |= {name: means[name] for name in objective.statistics_of(micro.payload)}
     # At another temperature the engine's log-probs are of another law.
-    if has_rollout_log_probs and objective.passes_labels and objective.temperature == 1.0:
+    if micro.has_rollout_log_probs and objective.passes_labels and objective.temperature == 1.0:
         metrics["rollout_log_prob_diff"] = means["rollout_abs_diff"]
         metrics["rollout_k3"] = means["rollout_k3"]
     if totals["counted"]:

@@ -14,6 +14,7 @@ from megaopd.parallel import Grid
 from megaopd.trainer.batch import MicroBatch
 from megaopd.trainer.config import OptimConfig
 from megaopd.trainer.importance import with_importance_weights
+from megaopd.trainer.log_probs import sequence_log_probs
 from megaopd.trainer.optim import make_optimizer, make_schedule, wrap_ddp
 from megaopd.trainer.step import objective_pass
 from megaopd.trainer.teacher import Teacher
@@ -86,6 +87,12 @@ class Student:
         assert done, "the optimizer skipped a step without loss scaling"
         self.schedule.step(increment=1)
         return {**metrics, "grad_norm": float(grad_norm), "lr": float(lr)}
+
+    def log_probs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
+        """Of token_ids[1:], each given what stands before it, at temperature 1; a collective."""
+        return sequence_log_probs(
+            self.ddp, self.model.output_weight, self.grid, token_ids, vocab=self.vocab
+        )
 
     def score(
         self, micro_batches: Sequence[MicroBatch], teacher: Teacher | None = None

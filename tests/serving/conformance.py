@@ -1,74 +1,58 @@
 """What every rollout engine must do. `Conformance` takes an engine and a reference model.
 
-A subclass gives the fixture `engine`: loaded with the weights of `hf_dir` as version 3.
+A subclass gives the fixture `engine` (scope "class"): loaded with the weights of `reference`, which
+`hf_dir` holds, as version 3; its end token is EOS. Every test leaves version 3 behind.
 """
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from megaopd.data.types import Prompt
 from megaopd.errors import UserError
-from megaopd.rollout.base import Request, SamplingParams
-from tests.dist.models import VOCAB, save_tiny, tiny
+from megaopd.rollout.base import NeedsWeights, Request, SamplingParams
+from tests.dist.models import VOCAB
+from tests.serving.reference import (
+    EOS,
+    POSITIONS,
+    check_samples,
+    law,
+    many,
+    model,
+    prompt,
+    requests,
+    weights_of,
+)
+from tests.serving.sessions import SessionConformance
 
-EOS = VOCAB - 1
-PROMPTS = [[5, 9, 3], [7, 7, 7, 7, 7, 7, 7], [1], [50, 20, 30, 40]]
-
-
-def requests(seeds: list[int] | None = None) -> list[Request]:
-    made = [
-        Prompt(id=str(i), token_ids=tuple(ids), text="", answer=None, task="", meta={})
-        for i, ids in enumerate(PROMPTS)
-    ]
-    return [Request(p, s) for p, s in zip(made, seeds or range(len(made)), strict=True)]
-
-
-def weights_of(model: Any) -> list[tuple[str, torch.Tensor]]:
-    return list(model.state_dict().items())
-
-
-def law(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """log of the distribution that a token is drawn from, written out plainly."""
-    log_p = (logits / (params.temperature or 1.0)).log_softmax(-1)
-    order = log_p.argsort(descending=True)
-    keep = torch.ones_like(log_p, dtype=torch.bool)
-    if params.top_k:
-        keep[order[params.top_k :]] = False
-    if params.top_p < 1:
-        kept = log_p.masked_fill(~keep, -torch.inf).log_softmax(-1)[order].exp()
-        keep[order[kept.cumsum(0) - kept >= params.top_p]] = False
-    return log_p.masked_fill(~keep, -torch.inf).log_softmax(-1)
+__all__ = ["EOS", "POSITIONS", "Conformance", "model", "requests", "weights_of"]
 
 
-class Conformance:
-    """Inherit and give `engine`."""
-
-    tolerance: ClassVar[float] = 1e-4
-    deterministic: ClassVar[bool] = True
+class Conformance(SessionConformance):
+    """Inherit and give `engine`; say in the class variables what it cannot do."""
 
     @pytest.fixture(scope="class")
     def hf_dir(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        return save_tiny(tmp_path_factory.mktemp("engine"), "qwen3", tied=False)
+        where = tmp_path_factory.mktemp("engine") / "model"
+        model().save_pretrained(where)
+        return where
 
     @pytest.fixture(scope="class")
     def reference(self, hf_dir: Path) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(hf_dir).eval()
 
-    @torch.no_grad()
+    @pytest.fixture(scope="class")
+    def other(self) -> Any:
+        """A model of the same shape with other weights."""
+        return model(seed=99)
+
     def check_law(self, reference: Any, samples: Any, params: SamplingParams) -> None:
         """Every reported log-prob is that of the law, by the reference model's own forward."""
-        for sample in samples:
-            prompt = list(sample.prompt.token_ids)
-            logits = reference(torch.tensor([prompt + list(sample.response_ids)])).logits[0]
-            for t, (token, reported) in enumerate(
-                zip(sample.response_ids, sample.log_probs, strict=True)
-            ):
-                expected = float(law(logits[len(prompt) - 1 + t], params)[token])
-                assert abs(expected - reported) < self.tolerance, (t, expected, reported)
+        assert all(s.spans for s in samples)
+        models = {s.spans[0].version: reference for s in samples}
+        check_samples(models, samples, params, self.tolerance)
 
     def test_greedy_equals_transformers(self, engine: Any, reference: Any) -> None:
         params = SamplingParams(max_new_tokens=12, temperature=0.0)
@@ -82,41 +66,93 @@ class Conformance:
             assert list(sample.response_ids) == expected
         self.check_law(reference, samples, params)
 
+    def test_greedy_ignores_the_cuts(self, engine: Any, reference: Any) -> None:
+        """Temperature 0 with top-p and the others set is plain greedy, log-probs and all."""
+        params = SamplingParams(8, temperature=0.0, top_p=0.5, top_k=3, min_p=0.2)
+        samples = engine.generate(requests(), params)
+        plain = engine.generate(requests(), SamplingParams(8).greedy())
+        assert [s.response_ids for s in samples] == [s.response_ids for s in plain]
+        self.check_law(reference, samples, params)
+
     @pytest.mark.parametrize(
         "params",
         [
             SamplingParams(10),
             SamplingParams(10, temperature=0.7),
             SamplingParams(10, top_k=5),
+            SamplingParams(10, top_k=1),
             SamplingParams(10, top_p=0.8),
-            SamplingParams(10, temperature=1.5, top_k=20, top_p=0.9),
+            SamplingParams(10, temperature=2.0, min_p=0.1),
+            SamplingParams(10, temperature=1.5, top_k=20, top_p=0.6),
+            SamplingParams(10, temperature=2.0, top_k=10, top_p=0.7, min_p=0.05),
+            SamplingParams(10, temperature=2.0, top_p=0.6, min_p=0.1),
         ],
+        ids=lambda p: f"T{p.temperature:g}-k{p.top_k}-p{p.top_p:g}-m{p.min_p:g}",
     )
     def test_log_probs_are_of_the_law_sampled_from(
         self, engine: Any, reference: Any, params: SamplingParams
     ) -> None:
-        self.check_law(reference, engine.generate(requests(), params), params)
+        self.check_law(reference, engine.generate(many(12), params), params)
 
     def test_records(self, engine: Any) -> None:
         params = SamplingParams(max_new_tokens=6)
-        samples = engine.generate(requests(), params)
-        assert [s.prompt.id for s in samples] == ["0", "1", "2", "3"]
+        wanted = [Request(r.prompt, r.seed, index=i + 5) for i, r in enumerate(requests())]
+        samples = engine.generate(wanted, params)
+        assert [s.prompt for s in samples] == [r.prompt for r in wanted]
+        assert [s.index for s in samples] == [5, 6, 7, 8]
         for sample in samples:
-            assert sample.weight_version == 3
+            assert sample.weight_version == sample.newest_version == 3
+            assert [(s.start, s.end) for s in sample.spans] == [(0, len(sample.response_ids))]
             stopped = sample.response_ids[-1] == EOS
             assert sample.finish_reason == ("stop" if stopped else "length")
             assert EOS not in sample.response_ids[:-1]
             assert stopped or len(sample.response_ids) == 6
+            assert sample.top_ids is None and sample.reward is None and sample.loss_mask is None
+
+    def test_nothing_to_do(self, engine: Any) -> None:
+        assert engine.generate([], SamplingParams(4)) == []
+
+    def test_a_response_may_fill_the_context(self, engine: Any, reference: Any) -> None:
+        """Prompt and response of exactly as many tokens as the model has positions."""
+        params = SamplingParams(24, temperature=0.5)
+        long = [Request(prompt([3 + i] * (POSITIONS - 24)), i) for i in range(3)]
+        samples = engine.generate(long, params)
+        assert any(len(s.tokens) == POSITIONS for s in samples)
+        for sample in samples:
+            stopped = sample.response_ids[-1] == EOS
+            assert stopped or (len(sample.response_ids), sample.finish_reason) == (24, "length")
+        self.check_law(reference, samples, params)
 
     def test_stops_at_the_end_token(self, engine: Any) -> None:
         """Many samples: some must stop early, and the end token is part of the response."""
-        prompt = requests()[0].prompt
-        samples = engine.generate(
-            [Request(prompt, seed) for seed in range(200)], SamplingParams(20, temperature=5.0)
-        )
+        samples = engine.generate(many(200), SamplingParams(20, temperature=5.0))
         stopped = [s for s in samples if s.finish_reason == "stop"]
         assert stopped and all(s.response_ids[-1] == EOS for s in stopped)
         assert any(len(s.response_ids) < 20 for s in stopped)
+
+    def test_stops_at_other_tokens_too(self, engine: Any, reference: Any) -> None:
+        params = SamplingParams(20, temperature=3.0, stop_ids=(11, 12, 13))
+        ends = {EOS, 11, 12, 13}
+        samples = engine.generate(many(60), params)
+        assert {s.response_ids[-1] for s in samples if s.finish_reason == "stop"} & {11, 12, 13}
+        for sample in samples:
+            assert not ends & set(sample.response_ids[:-1])
+            assert (sample.response_ids[-1] in ends) == (sample.finish_reason == "stop")
+        self.check_law(reference, samples[:8], params)
+
+    @pytest.mark.parametrize("temperature", [0.0, 0.7])
+    @torch.no_grad()
+    def test_top_ids_of_every_position(
+        self, engine: Any, reference: Any, temperature: float
+    ) -> None:
+        """The most probable ids at temperature 1, most probable first, also under a cut law."""
+        cut = {"top_k": 4, "top_p": 0.9} if temperature else {}
+        samples = engine.generate(requests(), SamplingParams(8, temperature, top_ids=6, **cut))
+        for sample in samples:
+            logits = reference(torch.tensor([sample.tokens])).logits[0]
+            start = len(sample.prompt.token_ids) - 1
+            expected = logits[start : len(sample.tokens) - 1].topk(6).indices
+            assert sample.top_ids == tuple(map(tuple, expected.tolist()))
 
     def test_a_seed_alone_decides_a_sample(self, engine: Any) -> None:
         if not self.deterministic:
@@ -131,42 +167,72 @@ class Conformance:
     @torch.no_grad()
     def test_frequencies_follow_the_law(self, engine: Any, reference: Any) -> None:
         """First tokens of 4,000 samples against the model's distribution (total variation)."""
-        prompt = requests()[0].prompt
-        params = SamplingParams(1, top_k=6)
-        samples = engine.generate([Request(prompt, seed) for seed in range(4000)], params)
+        asked = requests()[0].prompt
+        params = SamplingParams(1, temperature=1.5, top_k=12, top_p=0.8, min_p=0.02)
+        samples = engine.generate([Request(asked, seed) for seed in range(4000)], params)
         counts = torch.zeros(VOCAB)
         for sample in samples:
             counts[sample.response_ids[0]] += 1
-        logits = reference(torch.tensor([prompt.token_ids])).logits[0, -1]
-        distance = 0.5 * (counts / 4000 - law(logits, params).exp()).abs().sum()
-        assert distance < 0.04
+        expected = law(reference(torch.tensor([asked.token_ids])).logits[0, -1], params).exp()
+        assert int((expected > 0).sum()) >= 3, "a law of one token shows nothing"
+        assert 0.5 * (counts / 4000 - expected).abs().sum() < 0.04
 
     def test_bad_requests_are_refused(self, engine: Any) -> None:
-        def one(ids: tuple[int, ...]) -> list[Request]:
-            return [Request(Prompt("bad", ids, "", None, "", {}), 0)]
-
         for ids, new, said in (
             ((1, VOCAB), 4, f"token id {VOCAB}"),
             ((-1,), 4, "token id -1"),
-            ((1,) * 60, 10, "at most 64 positions"),
+            ((1,) * (POSITIONS - 4), 5, f"at most {POSITIONS} positions"),
         ):
+            bad = Request(prompt(ids), 0)
             with pytest.raises(UserError, match=said):
-                engine.generate(one(ids), SamplingParams(new))
+                engine.generate([*requests(), bad], SamplingParams(new))
+            session = engine.session()
+            with pytest.raises(UserError, match=said):
+                session.submit(bad, SamplingParams(new))
+            assert session.pending == 0
+            session.close()
 
-    def test_new_weights_change_the_law(self, engine: Any, reference: Any, hf_dir: Path) -> None:
-        other = tiny("qwen3", tied=False, seed=99)
-        engine.update_weights(weights_of(other), 4)
+    def test_new_weights_change_the_law(self, engine: Any, reference: Any, other: Any) -> None:
+        measured = engine.update_weights(weights_of(other), 4)
+        assert all(isinstance(value, float | int) for value in measured.values())
         params = SamplingParams(6)
         samples = engine.generate(requests(), params)
-        assert {s.weight_version for s in samples} == {4}
+        assert engine.weight_version == 4 and {s.weight_version for s in samples} == {4}
         self.check_law(other, samples, params)
         engine.update_weights(weights_of(reference), 3)
         self.check_law(reference, engine.generate(requests(), params), params)
 
-    def test_incomplete_weights_are_refused(self, engine: Any, reference: Any) -> None:
-        good = weights_of(reference)
-        with pytest.raises(UserError, match="missing"):
-            engine.update_weights(good[:-1], 5)
-        with pytest.raises(UserError, match="no such"):
-            engine.update_weights([("extra", torch.zeros(1)), *good], 5)
-        engine.update_weights(good, 3)
+    def test_weights_of_another_dtype(self, engine: Any, reference: Any) -> None:
+        """They are taken in the engine's own dtype."""
+        rounded = model(seed=5)
+        stream = [(name, tensor.bfloat16()) for name, tensor in weights_of(rounded)]
+        rounded.load_state_dict(dict(stream))
+        engine.update_weights(stream, 4)
+        params = SamplingParams(6)
+        self.check_law(rounded, engine.generate(requests(), params), params)
+        engine.update_weights(weights_of(reference), 3)
+
+    @pytest.mark.parametrize("fault", ["missing", "no such", "shape"])
+    def test_bad_weights_are_refused(
+        self, engine: Any, reference: Any, other: Any, fault: str
+    ) -> None:
+        good = weights_of(other)
+        name, tensor = good[2]
+        stream = {
+            "missing": good[:-1],
+            "no such": [*good[:5], ("extra", torch.zeros(1)), *good[5:]],
+            "shape": [*good[:2], (name, torch.zeros(*tensor.shape, 2)), *good[3:]],
+        }[fault]
+        with pytest.raises(UserError, match=fault):
+            engine.update_weights(stream, 5)
+        assert engine.weight_version == 3
+        params = SamplingParams(6)
+        try:
+            samples = engine.generate(requests(), params)
+        except NeedsWeights:
+            assert not self.keeps_weights
+        else:
+            assert {s.weight_version for s in samples} == {3}
+            self.check_law(reference, samples, params)
+        engine.update_weights(weights_of(reference), 3)
+        self.check_law(reference, engine.generate(requests(), params), params)

@@ -6,20 +6,62 @@ from typing import Any
 import pytest
 import torch
 
-from megaopd.rollout.hf import EmbeddedEngine
+from megaopd.rollout.base import NeedsWeights, SamplingParams
+from megaopd.rollout.hf import EmbeddedEngine, law
+from tests.dist.models import VOCAB
+from tests.serving import reference as truth
 from tests.serving.conformance import EOS, Conformance, weights_of
+from tests.serving.reference import many, requests
+
+
+def embedded(hf_dir: Path, batch_size: int = 300) -> EmbeddedEngine:
+    return EmbeddedEngine(
+        hf_dir,
+        eos_ids=[EOS],
+        pad_id=0,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        batch_size=batch_size,
+    )
 
 
 class TestEmbedded(Conformance):
     @pytest.fixture(scope="class")
     def engine(self, hf_dir: Path, reference: Any) -> EmbeddedEngine:
-        engine = EmbeddedEngine(
-            hf_dir,
-            eos_ids=[EOS],
-            pad_id=0,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            batch_size=300,
-        )
+        engine = embedded(hf_dir)
         engine.update_weights(weights_of(reference), 3)
         return engine
+
+    def test_a_session_cuts_batches_by_size_and_params(self, hf_dir: Path, reference: Any) -> None:
+        engine = embedded(hf_dir, batch_size=3)
+        session = engine.session()
+        one, two = SamplingParams(3), SamplingParams(3, temperature=0.5)
+        tickets = [session.submit(r, two if r.index == 1 else one) for r in many(6)]
+        with pytest.raises(NeedsWeights):
+            session.wait()
+        assert session.pending == 6
+        engine.update_weights(weights_of(reference), 0)
+        batches = [[t for t, _ in session.wait()] for _ in range(3)]
+        assert batches == [[tickets[i] for i in ids] for ids in ((0, 2, 3), (1,), (4, 5))]
+
+    def test_an_update_keeps_no_memory_of_the_stream(self, hf_dir: Path, reference: Any) -> None:
+        """The trainer goes on changing the tensors that it streamed."""
+        engine = embedded(hf_dir)
+        stream = [(name, tensor.clone()) for name, tensor in weights_of(reference)]
+        engine.update_weights(stream, 1)
+        before = engine.generate(requests(), SamplingParams(4))
+        for _, tensor in stream:
+            tensor.zero_()
+        assert engine.generate(requests(), SamplingParams(4)) == before
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 7, VOCAB, 5000])
+@pytest.mark.parametrize("top_p", [0.05, 0.6, 1.0])
+@pytest.mark.parametrize("min_p", [0.0, 0.1, 0.9])
+def test_the_law_in_a_batch_is_the_plain_one(top_k: int, top_p: float, min_p: float) -> None:
+    params = SamplingParams(1, 1.7, top_p, top_k, min_p)
+    logits = 3 * torch.randn(16, VOCAB, generator=torch.Generator().manual_seed(3))
+    expected = torch.stack([truth.law(row, params) for row in logits])
+    made = law(logits, params)
+    assert torch.equal(made.isfinite(), expected.isfinite())
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)

@@ -12,6 +12,7 @@ LAYERS = [
     ["quickstart", "doctor"],
     ["run"],
     ["parts"],
+    ["sampler"],
     ["inputs"],
     ["schema", "recipes"],
     ["trainer"],

@@ -7,8 +7,11 @@ from collections.abc import Callable
 
 from megaopd.data.tasks.arithmetic import ArithmeticTask
 from megaopd.data.tasks.base import Example, Split, Task
+from megaopd.data.tasks.environments import Environment, EnvironmentTask
 from megaopd.data.tasks.math import MathTask
 from megaopd.data.tasks.reasoning_gym import ReasoningGymTask
+from megaopd.data.tasks.sokoban import SokobanTask
+from megaopd.data.tasks.tools import CalculatorTask
 from megaopd.data.types import Prompt
 from megaopd.errors import UserError
 
@@ -18,11 +21,13 @@ TASKS: dict[str, Callable[[str], Task]] = {
     "subtraction": lambda size: ArithmeticTask("subtraction", int(size or 3)),
     "addsub": lambda size: ArithmeticTask("addsub", int(size or 3)),
     "chain": lambda size: ArithmeticTask("chain", int(size or 4)),
+    "calculator": lambda size: CalculatorTask(int(size or 3)),
+    "sokoban": lambda size: SokobanTask(int(size or 6)),
     "math": lambda _: MathTask(),
     "reasoning_gym": lambda name: ReasoningGymTask(name.removeprefix(":")),
 }
 
-__all__ = ["TASKS", "Example", "Split", "Task", "get_task", "score"]
+__all__ = ["TASKS", "Example", "Split", "Task", "get_environment", "get_task", "score"]
 
 
 @functools.cache
@@ -40,7 +45,8 @@ def get_task(name: str) -> Task:
         near = difflib.get_close_matches(family, TASKS, 3)
         raise UserError(
             f"no task {name!r}",
-            expected="addition3, subtraction3, addsub3, chain4, math or reasoning_gym:NAME",
+            expected="addition3, subtraction3, addsub3, chain4, calculator3, sokoban6, math or "
+            "reasoning_gym:NAME",
             fix=f"did you mean {', '.join(near)}?" if near else "take one of these",
         )
     return TASKS[family](rest)
@@ -51,3 +57,9 @@ def score(prompt: Prompt, response: str) -> float | None:
     if prompt.answer is None or not prompt.task:
         return None
     return get_task(prompt.task).verify(response, prompt.answer, prompt.meta)
+
+
+def get_environment(prompt: Prompt) -> Environment | None:
+    """A new environment for an episode that begins with `prompt`; None: its task takes one turn."""
+    task = get_task(prompt.task) if prompt.task else None
+    return task.environment(prompt) if isinstance(task, EnvironmentTask) else None

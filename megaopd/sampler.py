@@ -1,0 +1,116 @@
+"""The student's samples, by whichever engine: weights there, requests out, whose turn it is."""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megaopd.data.prompts import PromptStream
+from megaopd.data.types import Prompt, Sample
+from megaopd.parallel import Grid
+from megaopd.rollout.base import Probe, RolloutEngine, SamplingParams
+from megaopd.rollout.buffer import RolloutBuffer
+from megaopd.schema import Config
+from megaopd.trainer.offload import TurnTaking
+from megaopd.trainer.student import Student
+from megaopd.trainer.teacher import Teacher
+
+PROBE_TOKENS = 16  # of the text that is checked after every sync
+
+
+class Sampler:
+    """The engine, its weights and the batches under way. Every method is a collective.
+
+    With servers on the trainer's own GPUs (server.placement = colocated) the two take turns: a sync
+    hands the memory to the servers piece by piece, and it comes back when the samples are there.
+
+    Args:
+        reward: of one sample, for dynamic sampling.
+        training: False where nothing is updated: there is no optimizer to put away.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: RolloutEngine,
+        prompts: PromptStream,
+        grid: Grid,
+        student: Student,
+        teacher: Teacher | None,
+        *,
+        reward: Callable[[Sample], float | None],
+        training: bool,
+    ) -> None:
+        self.engine, self.student = engine, student
+        shares = config.rollout.engine == "sglang" and config.server.placement == "colocated"
+        self.turns = TurnTaking(student, teacher) if shares and training else None
+        self.engine_turn = False
+        rng = random.Random(config.run.seed)
+        self.probe_ids = [rng.randrange(student.vocab) for _ in range(PROBE_TOKENS)]
+        self._metrics: dict[str, float] = {}
+        self.buffer = RolloutBuffer(
+            engine,
+            prompts,
+            config.rollout,
+            grid,
+            run_seed=config.run.seed,
+            total_steps=config.run.steps,
+            reward=reward,
+            resync=lambda: self.sync(engine.weight_version, again=True),
+        )
+
+    def sync(self, version: int, *, again: bool = False) -> None:
+        """Give the engine the student's current weights; `again` if it lost those of `version`."""
+        if self.engine.weight_version == version and not again and self.turns is None:
+            return
+        self.take_turn()
+        probe = None
+        if self.engine.shared and self.turns is None:  # a probe needs the KV cache, which is away
+            ids = self.probe_ids
+            probe = Probe(tuple(ids), self.student.log_probs(ids))
+        if self.turns is not None:
+            self.turns.before_sync()
+            self.engine.resume("weights")
+        stream: Any = self.student.weights()
+        self._metrics |= self.engine.update_weights(stream, version, probe=probe)
+        if self.turns is not None:
+            self.turns.before_rollout()
+            self.engine.resume("kv_cache")
+            self.engine_turn = True
+
+    def take_turn(self) -> None:
+        """The GPUs go back to the trainer, where servers share them."""
+        if self.turns is not None and self.engine_turn:
+            self.engine.release()
+            self.turns.before_update()
+            self.engine_turn = False
+
+    def sample(self, step: int) -> list[Sample]:
+        """The samples of step number `step` (from 0), in order, the same list on every rank."""
+        samples = self.buffer.sample(step)
+        self.take_turn()
+        self._metrics |= {**self.buffer.metrics(), **self.engine.metrics()}
+        return samples
+
+    def generate(
+        self, prompts: Sequence[Prompt], key: int, per_prompt: int, params: SamplingParams
+    ) -> list[Sample]:
+        """`per_prompt` samples of each prompt; `key` takes the step's place in their seeds.
+
+        The weights of the last `sync` sample them; the turn stays with the engine.
+        """
+        return self.buffer.generate(prompts, key, per_prompt, params)
+
+    @property
+    def cursor(self) -> dict[str, Any]:
+        """Where the prompts begin that no step has trained on yet."""
+        return self.buffer.cursor
+
+    def metrics(self) -> dict[str, float]:
+        """Of what happened since the last call."""
+        found, self._metrics = self._metrics, {}
+        return found
+
+    def close(self) -> None:
+        """Forget requests under way and stop the engine."""
+        self.buffer.close()
+        self.engine.close()
