@@ -23,16 +23,17 @@ from megaopd.objectives.alarms import new_alarms
 from megaopd.parallel import Grid, make_grid
 from megaopd.report.metrics import MetricLogger, read_metrics
 from megaopd.rollout.agent import AgentEngine
-from megaopd.rollout.base import SamplingParams
 from megaopd.rollout.engines import make_engine
 from megaopd.rollout.episode import episode_metrics
 from megaopd.sampler import Sampler
 from megaopd.schema import Config
 from megaopd.trainer.batch import MicroBatch, make_micro_batches
 from megaopd.trainer.checkpoint import Checkpoints
+from megaopd.trainer.remote_teacher import RemoteTeacher
 from megaopd.trainer.student import Student
 from megaopd.trainer.teacher import Teacher
 
+MISMATCH = ("rollout_log_prob_diff", "rollout_k3", "rollout_ess")
 COLUMNS = ("reward", "grad_norm", "response_length", "tokens_per_s")
 # What of the objective's metrics an evaluation reports.
 EVALUATED = (
@@ -82,6 +83,9 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
     teacher = None
     if teacher_arch is not None:
         teacher = Teacher(config.teacher, teacher_arch, grid, vocab_rows=rows)
+    remote = None
+    if config.remote_teacher.addresses:
+        remote = RemoteTeacher(config.remote_teacher, config.objective, grid)
     parts = Parts(
         config=config,
         grid=grid,
@@ -90,7 +94,10 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
         prompts=prompts,
         student=student,
         teacher=teacher,
-        sampler=_sampler(config, grid, tokenizer, prompts, student, teacher, training=training),
+        remote=remote,
+        sampler=_sampler(
+            config, grid, tokenizer, prompts, student, teacher, remote, training=training
+        ),
         training=training,
         held_out=held_out(config, tokenizer),
     )
@@ -106,6 +113,7 @@ def _sampler(
     prompts: PromptStream,
     student: Student,
     teacher: Teacher | None,
+    remote: RemoteTeacher | None,
     *,
     training: bool,
 ) -> Sampler:
@@ -138,6 +146,7 @@ def _sampler(
         student,
         teacher,
         reward=lambda sample: reward_of(sample, tokenizer, ends),
+        finished=remote.submit if remote is not None else None,
         training=training,
     )
 
@@ -153,12 +162,14 @@ class Parts:
     prompts: PromptStream
     student: Student
     teacher: Teacher | None
+    remote: RemoteTeacher | None  # on servers, in place of `teacher`
     sampler: Sampler
     held_out: list[Prompt]
     training: bool = True
     first_step: int = 0
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
+    score_metrics: dict[str, float] = field(default_factory=dict)  # of the remote teacher
     logger: MetricLogger | None = None
     history: list[dict[str, Any]] = field(default_factory=list)  # metrics so far, of the main rank
 
@@ -248,7 +259,11 @@ class Parts:
         return Sample(prompt, tuple(ids), None, "stop", weight_version=0)
 
     def micro_batches(self, samples: Sequence[Sample]) -> list[MicroBatch]:
-        trainer = self.config.trainer
+        trainer, scores = self.config.trainer, None
+        if self.remote is not None:
+            with self.timed("score"):
+                scores = self.remote.score(samples, micro_batch_size=trainer.micro_batch_size)
+            self.score_metrics = scores.metrics
         return make_micro_batches(
             samples,
             grid=self.grid,
@@ -256,12 +271,14 @@ class Parts:
             pad_id=pad_id(self.tokenizer),
             loss_agg=self.config.objective.loss_agg,
             max_sequence=trainer.max_sequence,
+            remote=scores,
         )
 
     def update(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Score with the teacher and take one optimizer step."""
+        micro_batches = self.micro_batches(samples)
         with self.timed("update"):
-            return self.student.update(self.micro_batches(samples), self.teacher)
+            return self.student.update(micro_batches, self.teacher)
 
     def log(self, step: int, metrics: dict[str, float], samples: Sequence[Sample]) -> None:
         """One line of metrics.jsonl, the console and wandb."""
@@ -272,7 +289,10 @@ class Parts:
         extra["truncated"] = sum(s.finish_reason == "length" for s in samples) / len(samples)
         if rewards:
             extra["reward"] = sum(rewards) / len(rewards)
-        extra |= episode_metrics(samples)
+        if not self.config.rollout.whole_law:
+            # Engine and trainer speak of different laws then; their difference is no mismatch.
+            metrics = {k: v for k, v in metrics.items() if k not in MISMATCH}
+        extra |= {**episode_metrics(samples), **self.score_metrics}
         extra["tokens_per_s"] = sum(lengths) / max(spent, 1e-9)
         if self.logger is not None:
             self.logger.log_metrics(
@@ -304,14 +324,16 @@ class Parts:
     def evaluate(self, step: int) -> dict[str, float]:
         """Greedy reward on the held-out prompts; the objective on sampled responses to them."""
         self.sync_weights(version=step)
-        params = SamplingParams.from_config(self.config.rollout)
+        params = self.sampler.buffer.params
         greedy = self.verify(self.sampler.generate(self.held_out, -1, 1, params.greedy()))
         rewards = [s.reward for s in greedy if s.reward is not None]
         result = {"accuracy": sum(rewards) / len(rewards)} if rewards else {}
-        if self.teacher is not None:
+        if self.teacher is not None or self.remote is not None:
             sampled = self.sampler.generate(self.held_out, -2, 1, params)
+            self.sampler.take_turn()
             scored = self.student.score(self.micro_batches(sampled), self.teacher)
             result |= {name: scored[name] for name in EVALUATED if name in scored}
+        self.sampler.take_turn()
         self._save_samples(greedy)
         return result
 
@@ -362,5 +384,7 @@ class Parts:
         self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None
     ) -> None:
         self.sampler.close()
+        if self.remote is not None:
+            self.remote.close()
         if self.logger is not None:
             self.logger.close()

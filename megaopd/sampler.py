@@ -25,6 +25,7 @@ class Sampler:
 
     Args:
         reward: of one sample, for dynamic sampling.
+        finished: told of samples on rank 0 as they come, before their step has all of them.
         training: False where nothing is updated: there is no optimizer to put away.
     """
 
@@ -38,6 +39,7 @@ class Sampler:
         teacher: Teacher | None,
         *,
         reward: Callable[[Sample], float | None],
+        finished: Callable[[Sequence[Sample]], None] | None = None,
         training: bool,
     ) -> None:
         self.engine, self.student = engine, student
@@ -55,6 +57,8 @@ class Sampler:
             run_seed=config.run.seed,
             total_steps=config.run.steps,
             reward=reward,
+            finished=finished,
+            top_ids=config.top_ids,
             resync=lambda: self.sync(engine.weight_version, again=True),
         )
 

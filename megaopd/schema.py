@@ -13,12 +13,18 @@ from megaopd.data.config import DataConfig
 from megaopd.errors import UserError
 from megaopd.models.config import ModelConfig
 from megaopd.objectives.presets import with_preset
+from megaopd.objectives.remote import check_remote
 from megaopd.objectives.spec import ObjectiveConfig
 from megaopd.objectives.validate import check_run, warnings
 from megaopd.parallel import ParallelConfig
 from megaopd.report.config import ReportConfig
 from megaopd.rollout.config import AgentConfig, RolloutConfig, ServerConfig
-from megaopd.trainer.config import CheckpointConfig, OptimConfig, TrainerConfig
+from megaopd.trainer.config import (
+    CheckpointConfig,
+    OptimConfig,
+    RemoteTeacherConfig,
+    TrainerConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     student: ModelConfig = field(default_factory=ModelConfig)
     teacher: ModelConfig = field(default_factory=ModelConfig)
+    remote_teacher: RemoteTeacherConfig = field(default_factory=RemoteTeacherConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -78,18 +85,7 @@ class Config:
                 "student.path is not set",
                 expected="the directory of a Hugging Face or Megatron checkpoint",
             )
-        if self.objective.needs_teacher and not self.teacher.path:
-            raise UserError(
-                f"objective.loss = {self.objective.loss} without teacher.path",
-                expected="a teacher checkpoint",
-                fix="set teacher.path, or objective.loss=sft",
-            )
-        if not self.objective.needs_teacher and self.teacher.path:
-            raise UserError(
-                f"teacher.path = {self.teacher.path} with objective.loss = {self.objective.loss}",
-                expected="no teacher: it would be ignored",
-                fix="remove teacher.path, or set objective.loss=rkl",
-            )
+        self._check_teacher()
         if self.rollout.engine == "embedded" and self.server != ServerConfig():
             raise UserError(
                 "[server] is set with rollout.engine = embedded",
@@ -103,7 +99,10 @@ class Config:
                 fix="set rollout.staleness=0, or server.placement=separate",
             )
         # Every engine reports the law that it samples from; the data's answers have none.
-        check_run(self.objective, log_probs=self.on_policy)
+        if self.remote_teacher.addresses:
+            check_remote(self.objective, log_probs=self.on_policy, top_ids=self.top_ids)
+        else:
+            check_run(self.objective, log_probs=self.on_policy)
         if self.objective.loss_agg.endswith("norm") and not self.trainer.max_sequence:
             raise UserError(
                 f"objective.loss_agg = {self.objective.loss_agg} without trainer.max_sequence",
@@ -115,6 +114,35 @@ class Config:
                 f"optim.warmup_steps = {self.optim.warmup_steps} of {self.run.steps} run.steps",
                 expected="a warm-up that ends within the run",
             )
+
+    def _check_teacher(self) -> None:
+        """One teacher where the objective needs one, none where it does not."""
+        path, addresses = self.teacher.path, self.remote_teacher.addresses
+        if path and addresses:
+            raise UserError(
+                f"teacher.path = {path} with remote_teacher.addresses",
+                expected="one teacher: beside the student, or on servers",
+                fix="remove one of the two",
+            )
+        if self.objective.needs_teacher and not (path or addresses):
+            raise UserError(
+                f"objective.loss = {self.objective.loss} without teacher.path",
+                expected="a teacher checkpoint, or the addresses of servers that hold one",
+                fix="set teacher.path or remote_teacher.addresses, or objective.loss=sft",
+            )
+        if not self.objective.needs_teacher and (path or addresses):
+            name = "teacher.path" if path else "remote_teacher.addresses"
+            raise UserError(
+                f"{name} = {path or list(addresses)} with objective.loss = {self.objective.loss}",
+                expected="no teacher: it would be ignored",
+                fix=f"remove {name}, or set objective.loss=rkl",
+            )
+
+    @property
+    def top_ids(self) -> int:
+        """How many of the student's most probable ids a sample carries for its teacher."""
+        asked = self.remote_teacher.addresses and self.objective.lists_of_student
+        return self.objective.own_k if asked else 0
 
     @property
     def on_policy(self) -> bool:

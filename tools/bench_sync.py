@@ -22,6 +22,9 @@ from typing import Any
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"  # read when torch is imported
+# Read when the ranks and the server begin: what they free goes back to the system at once, so that
+# growth is what is in use.
+os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = "1000000"
 
 METHODS = ("tensor", "broadcast", "disk")
 PACKAGES = ("torch", "sglang", "megatron-core", "transformers")

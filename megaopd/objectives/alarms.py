@@ -19,7 +19,7 @@ def _mass_fell(first: Metrics, now: Metrics) -> str:
 
 
 def _few_samples(first: Metrics, now: Metrics) -> str:
-    ess = now.get("tis/ess", 1.0)
+    ess = min(now.get("tis/ess", 1.0), now.get("rollout_ess", 1.0))
     if ess >= LEAST_ESS:
         return ""
     return (

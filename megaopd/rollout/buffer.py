@@ -11,7 +11,7 @@ of the oldest batch, so that every prompt is trained on once.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megaopd.data.prompts import PromptStream
@@ -71,6 +71,9 @@ class RolloutBuffer:
         reward: of one sample; called on rank 0 for dynamic sampling.
         resync: gives the engine the student's current weights, on every rank; called while a batch
             waits and all servers have lost theirs.
+        finished: told of a batch's samples on rank 0 as they come; not with dynamic sampling, which
+            leaves some of them out.
+        top_ids: how many of the student's most probable ids the samples are to carry.
     """
 
     def __init__(
@@ -84,11 +87,14 @@ class RolloutBuffer:
         total_steps: int,
         reward: Reward,
         resync: Callable[[], None],
+        finished: Callable[[Sequence[Sample]], None] | None = None,
+        top_ids: int = 0,
     ) -> None:
         self.engine, self.prompts, self.config, self.grid = engine, prompts, config, grid
         self.run_seed, self.total_steps = run_seed, total_steps
         self.reward, self.resync = reward, resync
-        self.params = SamplingParams.from_config(config)
+        self.finished = None if config.oversample > 1 else finished
+        self.params = replace(SamplingParams.from_config(config), top_ids=top_ids)
         self.batches: dict[int, Batch] = {}  # by step, oldest first
         self._session: Session | None = None
         self._owner: dict[int, tuple[Batch, int]] = {}  # ticket -> its place
@@ -204,6 +210,8 @@ class RolloutBuffer:
                 if ticket in owner.tickets:  # else it was aborted, and its batch has gone
                     owner.tickets.discard(ticket)
                     owner.put(place, sample, self.reward if self.config.oversample > 1 else None)
+                    if self.finished is not None and owner.cursor:
+                        self.finished([sample])
             if dynamic and sum(batch.informative.values()) >= self.config.prompts_per_step:
                 session.abort(batch.tickets)
                 batch.tickets = set()

@@ -60,6 +60,12 @@ class RolloutConfig:
             )
 
     @property
+    def whole_law(self) -> bool:
+        """Whether tokens are drawn from the model's own law: temperature 1, nothing cut off."""
+        cut = self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+        return self.temperature == 1.0 and not cut
+
+    @property
     def samples_per_step(self) -> int:
         return self.prompts_per_step * self.samples_per_prompt
 

@@ -43,6 +43,7 @@ class SyncReport:
     # others are being sent. export: to disk, gathering included. total.
     seconds: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)  # server name -> why
+    unreachable: set[str] = field(default_factory=set)  # those of them that did not answer
     gap: float = 0.0  # mean difference from the probe's log-probs, of the worst server
 
     def metrics(self) -> dict[str, float]:
@@ -221,6 +222,8 @@ class Push:
             try:
                 await step(turn)
             except ServerError as err:
+                if err.unreachable:
+                    self.report.unreachable.add(turn.server.name)
                 await self._give_up(turn, str(err))
 
         async def all_of_them() -> None:

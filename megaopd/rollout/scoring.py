@@ -354,7 +354,7 @@ def _refused(job: Job, err: ServerError) -> UserError:
     return UserError(
         f"the teacher's server {err.url} refused a call with {job.name}: {err.message}",
         expected="sequences and options that this release takes",
-        fix="the server's message says what; see docs/sglang.md",
+        fix="the server's message says what; see docs/rollouts.md",
     )
 
 

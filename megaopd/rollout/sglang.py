@@ -24,6 +24,7 @@ from megaopd.rollout.config import ServerConfig
 from megaopd.rollout.dispatch import Dispatcher
 from megaopd.rollout.http import ServerError
 from megaopd.rollout.loop import LoopThread
+from megaopd.rollout.member import say
 from megaopd.rollout.records import Limits
 from megaopd.rollout.server import Fleet, Server
 from megaopd.rollout.session import SGLangSession
@@ -92,7 +93,8 @@ class SGLangEngine:
         """Push a stream of (Hugging Face name, full tensor) to every server. A collective.
 
         Requests under way are paused and go on under the new weights. A server that fails is taken
-        out of rotation until the next sync; the others go on.
+        out of rotation until the next sync; the others go on. If none is reached, a stream that can
+        be read again is sent again once one is back, server.retries times.
 
         Returns:
             Bytes, and seconds by phase; on every rank.
@@ -101,9 +103,15 @@ class SGLangEngine:
             UserError: a tensor missing, left over or of another shape, or no server took the
                 weights; on every rank. The old version stays named.
         """
-        if self.rank != 0:
-            exhaust(weights)
-        metrics = self._on_rank_0(lambda: self._here().push(weights, version, probe))
+        tries = 1 if iter(weights) is weights else 1 + self.config.retries
+        metrics = None
+        while metrics is None:
+            tries -= 1
+            if self.rank != 0:
+                exhaust(weights)
+            metrics = self._on_rank_0(
+                lambda last=tries == 0: self._here().push(weights, version, probe, last)
+            )
         self.weight_version = version
         return metrics
 
@@ -249,9 +257,13 @@ class ServingTier:
             raise NeedsWeights
 
     def push(
-        self, weights: Iterable[tuple[str, Any]], version: int, probe: Probe | None
-    ) -> dict[str, float]:
-        """Weights to every server that is there; brings the stream to its end in any case."""
+        self, weights: Iterable[tuple[str, Any]], version: int, probe: Probe | None, last: bool
+    ) -> dict[str, float] | None:
+        """Weights to every server that is there; brings the stream to its end in any case.
+
+        Returns:
+            What was measured; None where no server was reached, unless this is the `last` try.
+        """
         try:
             servers = self.loop.run(self._begin_sync())
         except UserError:
@@ -260,13 +272,17 @@ class ServingTier:
         try:
             report = self.sync.push(servers, weights, version, probe=probe)
         finally:
-            self.loop.run(self._end_sync(servers))
+            self.loop.run(self._end_sync(servers, version))
+        for server in servers:
+            if server.name in report.unreachable:
+                self.loop.call(self.fleet.lost, server, report.failed[server.name])
         if len(report.failed) == len(servers):
-            raise UserError(
-                f"weights of version {version} reached no server by {self.config.sync}: "
-                + "; ".join(f"{name}: {why}" for name, why in report.failed.items()),
-                fix="look at the servers' logs, or set server.sync to another method",
-            )
+            failure = f"weights of version {version} reached no server by {self.config.sync}: "
+            failure += "; ".join(f"{name}: {why}" for name, why in report.failed.items())
+            if len(report.unreachable) == len(servers) and not last:
+                return say(f"{failure}; again when one is back")
+            fix = "look at the servers' logs, or set server.sync to another method"
+            raise UserError(failure, fix=fix)
         self.dispatcher.version = version
         return report.metrics()
 
@@ -326,7 +342,7 @@ class ServingTier:
         end = monotonic() + self.config.start_timeout_s
         while True:
             there = [s for s in self.fleet.servers if s.state in ("unsynced", "serving")]
-            if there:
+            if any(not server.why for server in there):  # the fleet does not doubt all of them
                 self.dispatcher.hold()
                 return there
             if self._failure is not None:
@@ -338,10 +354,14 @@ class ServingTier:
                 )
             await asyncio.sleep(LOOK_S)
 
-    async def _end_sync(self, servers: Sequence[Server]) -> None:
+    async def _end_sync(self, servers: Sequence[Server], version: int) -> None:
         """The push has left a state and a version on every server: let requests go on."""
+        serving = [server for server in servers if server.state == "serving"]
+        newer = any(server.version == version for server in serving)
         for server in servers:
-            if server.state == "syncing":  # it was broken off
+            # It was broken off; or it kept its old weights, while another one serves the new.
+            behind = newer and server in serving and server.version != version
+            if server.state == "syncing" or behind:
                 server.state, server.version = "unsynced", -1
             self.dispatcher.changed(server)
         self.dispatcher.release()

@@ -10,6 +10,7 @@ from typing import Any
 
 from megaopd import faults
 from megaopd.losses import Objective, OutputLayer, fused_linear_objectives
+from megaopd.losses.importance import bounded_exp
 from megaopd.objectives.names import LIST_STATS
 from megaopd.objectives.spec import ObjectiveConfig
 from megaopd.objectives.terms import TERMS, WeightedTerm, make_terms
@@ -19,7 +20,7 @@ from megaopd.trainer.batch import MicroBatch
 # Sums over the tokens of the step, in this order; token means are made of them at the end. What an
 # objective does not have is 0, so that every rank reduces the same vector.
 STATS = ("student_log_prob", "student_entropy", "teacher_log_prob", "teacher_entropy", *LIST_STATS)
-ROLLOUT_SUMS = ("rollout_abs_diff", "rollout_k3")
+ROLLOUT_SUMS = ("rollout_abs_diff", "rollout_k3", "rollout_ratio", "rollout_ratio_squared")
 IMPORTANCE_SUMS = ("weight", "weight_squared", "outside", "counted")
 SUMS = ("loss", "tokens", *TERMS, *STATS, *ROLLOUT_SUMS, *IMPORTANCE_SUMS)
 
@@ -145,6 +146,8 @@ def _token_sums(result: Any, micro: MicroBatch) -> Any:
         diff = torch.where(mask, diff, 0.0)
         rows["rollout_abs_diff"] = diff.abs()
         rows["rollout_k3"] = torch.expm1(diff.clamp(-20, 20)) - diff
+        rows["rollout_ratio"] = bounded_exp(diff)
+        rows["rollout_ratio_squared"] = rows["rollout_ratio"].square()
     sums = {name: torch.where(mask, row.double(), 0.0).sum() for name, row in rows.items()}
     sums |= {"loss": result.loss.detach().double(), "tokens": mask.sum().double()}
     if micro.importance_sums is not None:
@@ -185,6 +188,8 @@ def _metrics(
     if micro.has_rollout_log_probs and objective.passes_labels and objective.temperature == 1.0:
         metrics["rollout_log_prob_diff"] = means["rollout_abs_diff"]
         metrics["rollout_k3"] = means["rollout_k3"]
+        squares = means["rollout_ratio_squared"]
+        metrics["rollout_ess"] = means["rollout_ratio"] ** 2 / squares if squares else 0.0
     if totals["counted"]:
         squares = tokens * totals["weight_squared"]
         metrics["tis/ess"] = totals["weight"] ** 2 / squares if squares else 0.0

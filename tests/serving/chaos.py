@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -155,8 +156,9 @@ class Chaos:
         self.hits.clear()
 
     def wait_for_all(self) -> None:
+        """Healthy, as far as the fleet knows, and not just dead."""
         end = time.monotonic() + BACK_S
-        while any(s.state not in ("serving", "unsynced") for s in self.servers):
+        while not all(s.alive() and s.state in ("serving", "unsynced") for s in self.servers):
             assert time.monotonic() < end, [(s.name, s.state, s.why) for s in self.servers]
             time.sleep(0.1)
 
@@ -219,22 +221,21 @@ class Chaos:
             done.set_exception(err)
             raise
 
-    def _in_sync(self, act: Callable[..., Awaitable[None]], server: Server) -> None:
-        """Act instead of sending a server its bucket number HALF_WAY."""
-        transport, count = self.tier.sync.transport, 0
-        send, done = transport.send, Future()
-        self.hits.append(done)
+    def _in_sync(self, act: Callable[..., Awaitable[None]], *servers: Server) -> None:
+        """Act on servers where they are sent bucket number HALF_WAY."""
+        transport, counts = self.tier.sync.transport, Counter[str]()
+        send, hits = transport.send, {server.name: Future[None]() for server in servers}
+        self.hits += hits.values()
 
         async def sending(to: Server, packed: Any, nbytes: int) -> None:
-            nonlocal count
-            count += to is server
-            if to is not server or count != HALF_WAY:
+            counts[to.name] += 1
+            if to.name not in hits or counts[to.name] != HALF_WAY:
                 return await send(to, packed, nbytes)
-            transport.send = send
-            done.set_result(None)
-            await act(server, send(to, packed, nbytes))
+            hits[to.name].set_result(None)
+            await act(to, send(to, packed, nbytes))
 
         transport.send = sending
+        self.undo.append(lambda: setattr(transport, "send", send))
 
     # Disturbances.
 
@@ -256,30 +257,36 @@ class Chaos:
 
     def half_sync(self) -> None:
         """The server dies in the middle of a sync."""
+        self._in_sync(kill_before, self.servers[0])
 
-        async def act(server: Server, sending: Awaitable[None]) -> None:
-            server.process.kill()  # pyright: ignore[reportOptionalMemberAccess]
-            await sending
-
-        self._in_sync(act, self.servers[0])
+    def no_sync(self) -> None:
+        """All servers die in the middle of a sync."""
+        self._in_sync(kill_before, *self.servers)
 
     def dropped_sync(self) -> None:
         """The connection breaks in the middle of a sync; the server takes the bucket later."""
 
         async def act(server: Server, sending: Awaitable[None]) -> None:
-            assert server.process is not None
-            workers = server.process.workers()
-            for pid in workers:
-                os.kill(pid, signal.SIGSTOP)
-            task = asyncio.ensure_future(sending)
-            await asyncio.sleep(0.5)
-            assert not task.done()
-            await server.client.close()
-            for pid in workers:
-                os.kill(pid, signal.SIGCONT)
-            await task
+            await break_off(server, sending)
 
         self._in_sync(act, self.servers[1])
+
+    def missed_sync(self) -> None:
+        """The connection breaks before the first bucket: a server keeps its old weights."""
+        server, transport = self.servers[1], self.tier.sync.transport
+        control, opened = server.client.control, transport.open
+
+        async def first_command(*args: Any, **kwargs: Any) -> Any:
+            server.client.control = control
+            return await break_off(server, control(*args, **kwargs))
+
+        async def opening(to: Server) -> None:
+            await opened(to)
+            if to is server:
+                to.client.control = first_command
+
+        transport.open = opening
+        self.undo.append(lambda: setattr(transport, "open", opened))
 
     def foreign(self) -> None:
         """Somebody else gives a server weights, while it is at work."""
@@ -322,6 +329,25 @@ class Chaos:
             while True:
                 file.write(bytes(BUCKET_BYTES))
         os.truncate(weights / FILLER, (weights / FILLER).stat().st_size - 3 * BUCKET_BYTES)
+
+
+async def kill_before(server: Server, sending: Awaitable[None]) -> None:
+    """Nobody is there any more to be sent anything."""
+    assert server.process is not None
+    server.process.kill()
+    await sending
+
+
+async def break_off(server: Server, request: Awaitable[Any]) -> Any:
+    """Break the connection while a request is under way, which the server hears all the same."""
+    assert server.process is not None
+    os.killpg(server.process.group, signal.SIGSTOP)
+    task = asyncio.ensure_future(request)
+    await asyncio.sleep(0.3)
+    assert not task.done(), "there is nothing left to break off"
+    await server.client.close()
+    os.killpg(server.process.group, signal.SIGCONT)
+    return await task
 
 
 def send_signal(number: int) -> Act:

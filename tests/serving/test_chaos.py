@@ -31,7 +31,7 @@ pytest.importorskip("sglang", reason="SGLang is not installed: want=sglang bash 
 from megaopd.rollout.server import Fleet
 from tests.serving import chaos
 
-STEPS, PROMPTS, SAMPLES = 12, 8, 4  # samples of each prompt
+STEPS, PROMPTS, SAMPLES = 13, 8, 4  # samples of each prompt
 CONCURRENCY = 4  # so that a step's requests come to a server in several waves
 LIMIT_S = 800
 # Of log-probs in float32. Any other version's differ by far more: the weights move by 0.3 a step.
@@ -45,7 +45,9 @@ PLAN = {
     5: "half_sync",
     7: "dropped_sync",
     8: "foreign",
+    9: "missed_sync",
     10: "kill_both",
+    12: "no_sync",
 }
 
 
@@ -119,7 +121,7 @@ def configure(root, models):
                 *overrides,
             ],
         )
-        small = dict(concurrency=CONCURRENCY, health_interval_s=1.0)
+        small = {"concurrency": CONCURRENCY, "health_interval_s": 1.0}
         return replace(config, server=ServerConfig(**{**small, **server}))
 
     return configure
@@ -250,7 +252,7 @@ def small_disk(tmp_path, root) -> Iterator[None]:
 
 
 def test_the_disk_is_full(train, configure, undisturbed, addresses, small_disk):
-    """One error, after which the servers hold the old weights; and the run can be taken up again."""
+    """One error, after which the servers hold the old weights; and the run can be taken up."""
     plain = undisturbed(configure, 0)
     config = configure("disk", "checkpoint.every=1", addresses=addresses, sync="disk")
     full = 3
