@@ -34,7 +34,7 @@ class Checksums:
     tensor: int  # tensor parallel size inside the server
     on_gpu: bool  # the server's hash there is another one
     expected: list[dict[str, str]] = field(init=False)  # by tensor rank: parameter -> digest
-    _parts: dict[str, dict[int, list[Any]]] = field(default_factory=dict)
+    _parts: dict[str, dict[int, list[list[Any]]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.expected = [{} for _ in range(self.tensor)]
@@ -51,31 +51,31 @@ class Checksums:
             return
         del self._parts[fused]
         for rank, digests in enumerate(self.expected):
-            shards = [parts[i][rank] for i in range(count)]
+            shards = [piece for i in range(count) for piece in parts[i][rank]]
             digests[fused] = (tile_hash if self.on_gpu else sha256)(shards)
 
-    def _shards(self, name: str, tensor: Any) -> list[Any]:
-        """What each tensor rank holds of this tensor."""
+    def _shards(self, name: str, tensor: Any) -> list[list[Any]]:
+        """What each tensor rank holds of this tensor, in pieces that are not copies."""
         ranks = self.tensor
         if ".embed_tokens." in name or name.startswith("lm_head."):
             return self._vocab_rows(tensor)
         if ".k_proj." in name or ".v_proj." in name:
             heads = tensor.chunk(min(self.arch.kv_heads, ranks), 0)
-            return [heads[rank * len(heads) // ranks] for rank in range(ranks)]
+            return [[heads[rank * len(heads) // ranks]] for rank in range(ranks)]
         if any(f".{part}." in name for part in FUSED):
-            return list(tensor.chunk(ranks, 0))
+            return [[part] for part in tensor.chunk(ranks, 0)]
         if ".o_proj." in name or ".down_proj." in name:
-            return list(tensor.chunk(ranks, 1))
-        return [tensor] * ranks
+            return [[part] for part in tensor.chunk(ranks, 1)]
+        return [[tensor]] * ranks
 
-    def _vocab_rows(self, tensor: Any) -> list[Any]:
-        import torch
-
+    def _vocab_rows(self, tensor: Any) -> list[list[Any]]:
+        """Equal parts of the rows, with zeros after the last one."""
         multiple = VOCAB_MULTIPLE
         if -(-len(tensor) // multiple) * multiple % self.tensor:
             multiple *= self.tensor
-        padding = -len(tensor) % multiple
-        return list(torch.nn.functional.pad(tensor, (0, 0, 0, padding)).chunk(self.tensor, 0))
+        size = -(-len(tensor) // multiple) * multiple // self.tensor
+        parts = [tensor[rank * size : (rank + 1) * size] for rank in range(self.tensor)]
+        return [[part, part.new_zeros(size - len(part), *part.shape[1:])] for part in parts]
 
     def compare(self, ranks: list[dict[str, Any]]) -> str:
         """The server's answer against what was sent; "" where all of it is equal.
