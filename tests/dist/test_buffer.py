@@ -136,9 +136,11 @@ def by_prompt(sample):
 
 
 def informative(model_dir, oversample):
-    buffer, stream, *_ = make(model_dir, oversample=oversample, reward=by_prompt, steps=2)
+    options = {"oversample": oversample, "reward": by_prompt, "steps": 2}
+    buffer, stream, engine, weights = make(model_dir, **options)
     first = buffer.sample(0)
     metrics = buffer.metrics()
+    engine.update_weights(weights, 1)
     return names(first), names(buffer.sample(1)), metrics, stream.state_dict()["index"]
 
 
