@@ -52,6 +52,19 @@ async def bare_load(url: str, bodies: list[dict[str, Any]], concurrency: int) ->
     return tokens
 
 
+def endless(model_dir: Path) -> None:
+    """Take the end token out, so that every response has the same length."""
+    (model_dir / "generation_config.json").unlink(missing_ok=True)
+    path = model_dir / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": None}))
+
+
+def pin(core: int) -> None:
+    """Keep every thread of this process on one core. The server started first, on its own."""
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), {core})
+
+
 def memory_mb() -> float:
     """Of this process, resident, in 10^6 bytes."""
     import psutil
@@ -72,6 +85,7 @@ class Bench:
 
         model_dir = root / "student"
         make_checkpoint("teacher", model_dir, seed=1)
+        endless(model_dir)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
         self.vocab = model.config.vocab_size
         self.arguments = arguments
@@ -84,7 +98,7 @@ class Bench:
                 verify="off",
             ),
             model_dir,
-            eos_ids=[],  # every response has the same length
+            eos_ids=[],
             dtype="float32",
             device="cpu",
             run_dir=root,
@@ -173,10 +187,10 @@ def main() -> None:
     arguments = parser.parse_args()
     from megaopd.report.progress import progress
 
-    os.sched_setaffinity(0, {arguments.client_core})
     rng, found = random.Random(0), {"bare": [], "client": []}
     with tempfile.TemporaryDirectory() as root:
         bench = Bench(Path(root), arguments)
+        pin(arguments.client_core)
         with bench.engine:
             bench.bare(), bench.client()  # the server's first requests are slow
             with progress("rounds", arguments.rounds) as advance:

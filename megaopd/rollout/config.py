@@ -94,7 +94,9 @@ class ServerConfig:
     retries: int = 4  # of one request, with back-off, before the run fails
     restarts: int = 10  # of one server in a run, before the run fails
     concurrency: int = 256  # requests under way on one server
-    sync: Literal["tensor", "disk", "broadcast"] = "tensor"  # how weights reach a server
+    # How weights reach a server; auto: broadcast, but tensor where servers share the trainer's GPUs
+    # (a process group cannot have two ranks on one) and disk with data parallel inside a server.
+    sync: Literal["auto", "tensor", "disk", "broadcast"] = "auto"
     bucket_mb: int = 512  # weights sent together (10^6 bytes)
     pause: Literal["retract", "in_place", "abort"] = "retract"  # of running requests at a sync
     verify: Literal["probe", "checksum", "off"] = "probe"  # how a sync is checked
@@ -122,12 +124,27 @@ class ServerConfig:
                 expected="loopback, or a key: whoever reaches a server can change its weights",
                 fix="set server.api_key_env to the name of a variable that holds a key",
             )
+        if self.placement == "colocated" and self.sync == "broadcast":
+            raise UserError(
+                "server.sync = broadcast with server.placement = colocated",
+                expected="a way that needs no process group: it cannot have two ranks on one GPU",
+                fix="set server.sync=auto",
+            )
         if self.placement == "colocated" and self.addresses:
             raise UserError(
                 "server.placement = colocated with server.addresses",
                 expected="servers on the trainer's own GPUs, started by it",
                 fix="leave server.addresses empty, or set server.placement=separate",
             )
+
+    @property
+    def method(self) -> Literal["tensor", "disk", "broadcast"]:
+        """`sync` with "auto" resolved."""
+        if self.sync != "auto":
+            return self.sync
+        if self.data > 1:
+            return "disk"
+        return "tensor" if self.placement == "colocated" else "broadcast"
 
 
 @dataclass(frozen=True)

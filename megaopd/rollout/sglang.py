@@ -277,7 +277,7 @@ class ServingTier:
             if server.name in report.unreachable:
                 self.loop.call(self.fleet.lost, server, report.failed[server.name])
         if len(report.failed) == len(servers):
-            failure = f"weights of version {version} reached no server by {self.config.sync}: "
+            failure = f"weights of version {version} reached no server by {self.config.method}: "
             failure += "; ".join(f"{name}: {why}" for name, why in report.failed.items())
             if len(report.unreachable) == len(servers) and not last:
                 return say(f"{failure}; again when one is back")

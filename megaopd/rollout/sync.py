@@ -68,9 +68,9 @@ class WeightSync:
         # Requests that are paused in place keep their cache, and with it all of the cache.
         flush = config.pause != "in_place"
         self.transport: Transport
-        if config.sync == "disk":
+        if config.method == "disk":
             self.transport = DiskTransport(flush=flush)
-        elif config.sync == "tensor":
+        elif config.method == "tensor":
             self.transport = TensorTransport(
                 ipc=gpu and config.placement == "colocated", flush=flush
             )
@@ -144,7 +144,7 @@ class WeightSync:
 
     def _unable(self, server: "Server") -> tuple[str, str] | None:
         """Why a server cannot take weights by this method, and what to do."""
-        info, method = server.info, self.config.sync
+        info, method = server.info, self.config.method
         if method != "disk" and info.get("dp_size", 1) != 1:
             what = f"{info['dp_size']} data-parallel replicas take weights by disk only"
             return what, "set server.sync=disk, or server.data=1 and a larger server.count"

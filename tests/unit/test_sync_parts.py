@@ -303,7 +303,7 @@ def test_a_gap_of_log_probs_is_noise_or_not():
 
 
 def test_a_report_is_numbers_to_log():
-    report = SyncReport(8, 2, {"total": 1.5}, {"server 1": "gone"}, 1e-6)
+    report = SyncReport(8, 2, {"total": 1.5}, {"server 1": "gone"}, gap=1e-6)
     assert report.metrics() == {
         "sync/bytes": 8.0,
         "sync/tensors": 2.0,
