@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from megaopd.rollout.member import Server
 
 # Largest mean difference of log-probs that is noise, by the coarser of the two sides' dtypes; the
-# largest single one may be ten times that.
+# largest single one may be ten times that. Rounding is relative: for log-probs beyond SIZE in the
+# mean, as of tokens that a model holds for impossible, both grow with them.
+SIZE = 4.0
 TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.1, "float8_e4m3fn": 0.3}
 TIMEOUT_S = 120.0
 
@@ -79,7 +81,8 @@ async def verify_log_probs(
     gaps = [abs(a - b) for a, b in zip(got, probe.log_probs, strict=True)]
     # A NaN must not pass as small: `max` and comparisons would let it.
     gaps = [gap if gap == gap else float("inf") for gap in gaps]
-    return Gap(sum(gaps) / len(gaps), max(gaps), tolerance)
+    size = sum(abs(value) for value in probe.log_probs) / len(gaps)
+    return Gap(sum(gaps) / len(gaps), max(gaps), tolerance * max(1.0, size / SIZE))
 
 
 async def verify_checksums(
