@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megaopd.rollout.server import Fleet
 
     records: list[dict[str, Any]] = []
+    load = os.getloadavg()[0]  # what else the machine does
     loop = LoopThread()
     with tempfile.TemporaryDirectory(prefix="bench-sync-") as folder:
         config = ServerConfig(port=options.port, dtype="float32")
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for layout in options.layouts:
                 job = _job(options, layout, server.url, server.process.group, folder)
                 records += _measure(job, Path(folder, f"store-{layout}"))
-                _write(options, records, argv)
+                _write(options, records, argv, load)
         finally:
             loop.run(fleet.stop())
             loop.close()
@@ -330,7 +331,9 @@ def _repeated(run: Callable[[], dict[str, float]], repeats: int, group: int) -> 
     }
 
 
-def _write(options: argparse.Namespace, records: list[dict[str, Any]], argv: Sequence[str]) -> None:
+def _write(
+    options: argparse.Namespace, records: list[dict[str, Any]], argv: Sequence[str], load: float
+) -> None:
     """The page and its numbers."""
     out: Path = options.out
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -340,6 +343,7 @@ def _write(options: argparse.Namespace, records: list[dict[str, Any]], argv: Seq
         "cores": os.cpu_count(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "repeats": options.repeats,
+        "load_before": load,
     }
     document = {"about": about, "records": records}
     out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
@@ -355,7 +359,8 @@ def _write(options: argparse.Namespace, records: list[dict[str, Any]], argv: Seq
         f"    {shlex.join(['python', 'tools/bench_sync.py', *words])}",
         "",
         f"{about['model']} in float32. {about['date']}, {about['cores']} cores for the ranks and "
-        f"the server together, {versions}, {about['repeats']} syncs each.",
+        f"the server together (load of others before: {load:.1f}), {versions}, "
+        f"{about['repeats']} syncs each.",
         "",
         LEGEND,
     ]

@@ -156,9 +156,10 @@ class Chaos:
         self.hits.clear()
 
     def wait_for_all(self) -> None:
-        """Healthy, as far as the fleet knows, and not just dead."""
+        """Healthy, and not doubted."""
         end = time.monotonic() + BACK_S
-        while not all(s.alive() and s.state in ("serving", "unsynced") for s in self.servers):
+        there = ("serving", "unsynced")
+        while not all(s.alive() and s.state in there and not s.why for s in self.servers):
             assert time.monotonic() < end, [(s.name, s.state, s.why) for s in self.servers]
             time.sleep(0.1)
 
@@ -288,26 +289,30 @@ class Chaos:
         transport.open = opening
         self.undo.append(lambda: setattr(transport, "open", opened))
 
-    def foreign(self) -> None:
+    def foreign(self, version: str | None = "7") -> None:
         """Somebody else gives a server weights, while it is at work."""
 
         async def act(server: Server) -> None:
             client = server.client
-            weights = {"model_path": str(self.wrong), "weight_version": "7"}
+            weights = {"model_path": str(self.wrong), "weight_version": version}
             await client.control("/pause_generation", {"mode": "retract"})
             await client.control("/update_weights_from_disk", weights)
             await client.control("/continue_generation")
 
         self._in_rollout(act, self.servers[0])
 
+    def unnamed(self) -> None:
+        """And they keep the name of ours."""
+        self.foreign(None)
+
     def restart_wrong(self) -> None:
         """An attached server dies, and whoever owns it starts it with another checkpoint."""
 
         async def act(server: Server) -> None:
-            port = urlsplit(server.url).port
+            at = ("127.0.0.1", urlsplit(server.url).port)
             found = psutil.net_connections("tcp")
-            owner = next(c.pid for c in found if c.status == "LISTEN" and c.laddr.port == port)
-            group = group_of(owner)
+            owner = next(c.pid for c in found if c.status == "LISTEN" and tuple(c.laddr) == at)
+            group = group_of(owner or -1)
             os.killpg(group, signal.SIGKILL)
             while any(group_of(p.pid) == group for p in psutil.process_iter()):
                 await asyncio.sleep(0.05)

@@ -34,8 +34,8 @@ from tests.serving import chaos
 STEPS, PROMPTS, SAMPLES = 13, 8, 4  # samples of each prompt
 CONCURRENCY = 4  # so that a step's requests come to a server in several waves
 LIMIT_S = 800
-# Of log-probs in float32. Any other version's differ by far more: the weights move by 0.3 a step.
-NOISE, K3 = 1e-4, 1e-6
+# Of log-probs in float32, and of their mean k3. Those of another version differ by far more.
+NOISE, K3 = 2e-5, 1e-9
 RETRIED = ("server/retries", "server/resampled")
 
 # By step. Before each all servers are there; in between, one alone goes on with the run.
@@ -138,6 +138,7 @@ def undisturbed(train, addresses):
             config = configure(name, f"rollout.staleness={staleness}", addresses=addresses)
             known[staleness] = train(config)
             check(known[staleness], staleness)
+            check_power(known[staleness])
             for row in metrics(config):
                 assert row["server/serving"] == 2 and row["sync/failed_servers"] == 0
                 assert row["server/retries"] == row["server/resampled"] == 0
@@ -185,6 +186,16 @@ def check_law(outcome: chaos.Outcome, samples: list[Any]) -> None:
     check_samples(models, samples, SamplingParams(40), NOISE)
 
 
+def check_power(outcome: chaos.Outcome) -> None:
+    """One optimizer step is enough to tell weights apart by their log-probs."""
+    samples = outcome.trained[STEPS // 2]
+    versions = {span.version for sample in samples for span in sample.spans}
+    newer = {version: Models.of(outcome, version + 1) for version in versions}
+    for sample in samples:
+        with pytest.raises(AssertionError):
+            check_samples(newer, [sample], SamplingParams(40), 10 * NOISE)
+
+
 class Models:
     """The student at a version, as transformers computes it."""
 
@@ -203,9 +214,12 @@ def _base(models) -> None:
     Models.base = models[0]
 
 
-@pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_servers_die_hang_and_change(train, configure, undisturbed, wrong, staleness):
-    config = configure(f"chaos-{staleness}", f"rollout.staleness={staleness}", count=2)
+@pytest.mark.parametrize(
+    ("staleness", "sync"), [(0, "tensor"), pytest.param(1, "broadcast", marks=pytest.mark.slow)]
+)
+def test_servers_die_hang_and_change(train, configure, undisturbed, wrong, staleness, sync):
+    name, override = f"chaos-{staleness}", f"rollout.staleness={staleness}"
+    config = configure(name, override, count=2, sync=sync)
     outcome = train(config, PLAN, wrong)
     assert outcome.error == ""
     check(outcome, staleness)
@@ -219,24 +233,16 @@ def test_servers_die_hang_and_change(train, configure, undisturbed, wrong, stale
         assert max(row["rollout_k3"] for row in rows) < K3
     for step, what in PLAN.items():
         row = rows[step]
-        if what.endswith("_sync"):
+        if what == "no_sync":
+            assert row["time/sync"] > 2, "it did not wait for servers"
+        elif what.endswith("_sync"):
             assert row["sync/failed_servers"] == 1, (step, what)
-        else:
-            assert sum(row[name] for name in RETRIED) >= outcome.hit[step] > 0, (step, what)
-    # At the end of a step with a disturbance the other server has finished it, or a new one.
-    assert [rows[step]["server/serving"] for step in PLAN] == [1, 1, 1, 1, 1, 2]
-    assert outcome.starts == [4, 3]
-
-
-def test_an_attached_server_is_started_with_wrong_weights(
-    train, configure, undisturbed, wrong, addresses
-):
-    plain = undisturbed(configure, 0)
-    config = configure("attached", addresses=addresses)
-    plan = {1: "restart_wrong", 4: "foreign"}
-    outcome = train(config, plan, wrong)
-    check(outcome, 0)
-    assert accounts(outcome, versions=True) == accounts(plain, versions=True)
+        else:  # with staleness some of those that were hit are of the next step
+            again = sum(row[name] for row in rows[step : step + 1 + staleness] for name in RETRIED)
+            assert again >= outcome.hit[step] > 0, (step, what)
+        if staleness == 0 and what not in ("kill_both", "no_sync"):
+            assert row["server/serving"] == 1, (step, what)
+    assert outcome.starts == [5, 4]
 
 
 @pytest.fixture
@@ -276,3 +282,26 @@ def test_the_disk_is_full(train, configure, undisturbed, addresses, small_disk):
     rows = metrics(config)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert max(row["rollout_k3"] for row in rows) < K3
+
+
+def test_an_attached_server_is_started_with_wrong_weights(
+    train, configure, undisturbed, wrong, addresses
+):
+    plain = undisturbed(configure, 0)
+    config = configure("attached", addresses=addresses)
+    plan = {1: "restart_wrong", 4: "foreign"}
+    outcome = train(config, plan, wrong)
+    check(outcome, 0)
+    assert accounts(outcome, versions=True) == accounts(plain, versions=True)
+
+
+@pytest.mark.xfail(
+    raises=AssertionError,
+    strict=True,
+    reason="only its name tells a version of the weights from others",
+)
+def test_an_update_that_leaves_the_name_alone(train, configure, wrong, addresses):
+    """Somebody else gives an attached server weights, and does not say so: a known gap."""
+    config = configure("unnamed", "run.steps=3", addresses=addresses[1:])
+    outcome = train(config, {1: "unnamed"}, wrong)
+    check(outcome, 0, range(3))

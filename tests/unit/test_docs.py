@@ -12,7 +12,13 @@ from megaopd.schema import Config, load_config
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = {f.name: f.type for f in dataclasses.fields(Config)}
-PAGES = ["README.md", "docs/configuration.md", "docs/design-notes.md", "docs/losses.md", "docs/rollouts.md"]
+PAGES = [
+    "README.md",
+    "docs/configuration.md",
+    "docs/design-notes.md",
+    "docs/losses.md",
+    "docs/rollouts.md",
+]
 
 
 def documented() -> dict[str, dict[str, str]]:
