@@ -52,7 +52,7 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
     """
     arch = architecture(read_hf_config(config.student.hf_dir), where=config.student.path)
     check_layout(arch, config.parallel, who="student")
-    tokenizer = load_tokenizer(config.student.hf_dir)
+    tokenizer = _tokenizer(config)
     teacher_arch = None
     if config.teacher.path:
         check_same_tokenizer(tokenizer, load_tokenizer(config.teacher.hf_dir))
@@ -60,11 +60,6 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
             read_hf_config(config.teacher.hf_dir), where=config.teacher.path
         )
         check_layout(teacher_arch, config.parallel, who="teacher")
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"the tokenizer of {config.student.path} has no end token",
-            expected="eos_token in tokenizer_config.json: responses end with it",
-        )
     prompts = PromptStream(config.data, tokenizer)
     grid = make_grid(config.parallel, seed=config.run.seed + 1234)
     archs = [a for a in (arch, teacher_arch) if a is not None]
@@ -104,6 +99,16 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
     if training:
         parts.start()
     return parts
+
+
+def _tokenizer(config: Config) -> Any:
+    tokenizer = load_tokenizer(config.student.hf_dir)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {config.student.path} has no end token",
+            expected="eos_token in tokenizer_config.json: responses end with it",
+        )
+    return tokenizer
 
 
 def _sampler(

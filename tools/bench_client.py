@@ -172,6 +172,31 @@ def interval(values: list[float]) -> tuple[float, float]:
     return medians[24], medians[974]
 
 
+def describe(arguments: argparse.Namespace, result: dict[str, Any]) -> str:
+    """The markdown page."""
+    command = ("python tools/bench_client.py " + " ".join(sys.argv[1:])).strip()
+    low, high = result["interval"]
+    return f"""# The rollout client, measured
+
+    {command}
+
+{arguments.requests} requests of {arguments.prompt} + {arguments.tokens} tokens,
+{arguments.concurrency} at once, {arguments.rounds} rounds; the client on one core, the server on
+another.
+
+| | seconds (median) |
+|---|---|
+| bare HTTP load | {result["bare_s"]:.3f} |
+| engine | {result["client_s"]:.3f} |
+
+Engine / bare, by round: median {result["ratio"]:.3f}, 95% interval [{low:.3f}, {high:.3f}];
+{result["tokens_per_s"]:,.0f} tokens/s.
+
+Resident memory of the client after every tenth of {arguments.samples:,} samples (MB):
+{", ".join(f"{mb:.0f}" for mb in result["memory_mb"])}
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--concurrency", type=int, default=64)
@@ -210,27 +235,7 @@ def main() -> None:
         "tokens_per_s": tokens / statistics.median(found["client"]),
         "memory_mb": readings,
     }
-    command = ("python tools/bench_client.py " + " ".join(sys.argv[1:])).strip()
-    low, high = result["interval"]
-    page = f"""# The rollout client, measured
-
-    {command}
-
-{arguments.requests} requests of {arguments.prompt} + {arguments.tokens} tokens,
-{arguments.concurrency} at once, {arguments.rounds} rounds; the client on one core, the server on
-another.
-
-| | seconds (median) |
-|---|---|
-| bare HTTP load | {result["bare_s"]:.3f} |
-| engine | {result["client_s"]:.3f} |
-
-Engine / bare, by round: median {result["ratio"]:.3f}, 95% interval [{low:.3f}, {high:.3f}];
-{result["tokens_per_s"]:,.0f} tokens/s.
-
-Resident memory of the client after every tenth of {arguments.samples:,} samples (MB):
-{", ".join(f"{mb:.0f}" for mb in readings)}
-"""
+    page = describe(arguments, result)
     arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1))
     arguments.out.with_suffix(".md").write_text(page)
     print(page)

@@ -4,6 +4,7 @@ The embedded engine stands in for servers: with `shared` set, rank 0 speaks for 
 """
 
 import pytest
+import torch
 
 STEPS, PROMPTS, EACH = 6, 4, 3
 
@@ -21,7 +22,6 @@ def make(
     model_dir, *, resyncs=None, forgetful=0, reward=lambda sample: None, steps=STEPS, **rollout
 ):
     """A buffer over an engine that rank 0 speaks to, its prompt stream and its engine."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     from megaopd.data.config import DataConfig
