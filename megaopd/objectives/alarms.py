@@ -6,6 +6,7 @@ Metrics = Mapping[str, float]
 
 MASS_FALL = 0.15
 LEAST_ESS = 0.5
+MOST_K3 = 0.05  # bf16 engines measure below 1e-3
 
 
 def _mass_fell(first: Metrics, now: Metrics) -> str:
@@ -28,10 +29,21 @@ def _few_samples(first: Metrics, now: Metrics) -> str:
     )
 
 
+def _engine_strays(first: Metrics, now: Metrics) -> str:
+    k3 = now.get("rollout_k3", 0.0)
+    if k3 <= MOST_K3:
+        return ""
+    return (
+        f"k3 between the engine's and the trainer's log-probs is {k3:.3g}: tokens were sampled by "
+        "much older weights (rollout.staleness), or by weights that are not this run's"
+    )
+
+
 # name -> rule: (first step's metrics, this step's) -> what is wrong, or "".
 ALARMS: dict[str, Callable[[Metrics, Metrics], str]] = {
     "mass_student": _mass_fell,
     "ess": _few_samples,
+    "rollout_k3": _engine_strays,
 }
 
 

@@ -83,7 +83,6 @@ class WeightSync:
             )
         # A bucket is sent while the caller's thread gathers the next.
         self.sender = ThreadPoolExecutor(1, thread_name_prefix="weight-sync")
-        self.sender = ThreadPoolExecutor(1, thread_name_prefix="weight-sync")
         # Of the last push, to verify once more.
         self.checksums: dict[int, Checksums] = {}  # by tensor size of a server
         self.probe: Probe | None = None

@@ -337,6 +337,8 @@ def test_an_alarm_is_raised_once():
     history.append({"mass_student": 0.5})
     assert new_alarms(history) == {}
     assert new_alarms([{"loss": 1.0}, {"loss": 2.0}]) == {}
+    strayed = [{"rollout_k3": 4e-4}, {"rollout_k3": 0.057}]
+    assert "0.057" in new_alarms(strayed)["rollout_k3"] and new_alarms(strayed[:1]) == {}
     assert "0.30" in new_alarms([{"tis/ess": 0.9}, {"tis/ess": 0.3}])["ess"]
 
 
