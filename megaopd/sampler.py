@@ -74,7 +74,7 @@ class Sampler:
         if self.turns is not None:
             self.turns.before_sync()
             self.engine.resume("weights")
-        stream: Any = self.student.weights()
+        stream: Any = self.student.weights(only_rank_0=self.engine.shared)
         self._metrics |= self.engine.update_weights(stream, version, probe=probe)
         if self.turns is not None:
             self.turns.before_rollout()

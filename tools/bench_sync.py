@@ -45,7 +45,8 @@ LEGEND = """\
 - MB: what one server gets (10^6 bytes). gather: rank 0 waits for tensors of the training ranks;
   paused: the server generates nothing; total: the whole push, verified by checksum. Medians.
 - Peaks: the largest growth of resident memory during a sync, beyond what the process held before it
-  (model and all). The server's is of all its processes together. Other ranks: the worst of them.
+  (model and all); what is freed goes back to the system at once. The server's is of all its
+  processes together. Other ranks: the worst of them.
 - all ranks, rank 0 only: the stream alone, in the form where every rank gets every tensor (as for
   the embedded engine and export), and in that of the sync.
 - Before every sync all weights are changed, so that nothing passes for having arrived.

@@ -55,9 +55,12 @@ class Student:
         self.optimizer = make_optimizer(self.ddp, optim, grid)
         self.schedule = make_schedule(self.optimizer, optim, total_steps)
 
-    def weights(self) -> WeightStream:
-        """(Hugging Face name, full tensor) of the current weights; iterating is a collective."""
-        return WeightStream(self.model, self.arch, self.grid)
+    def weights(self, *, only_rank_0: bool = False) -> WeightStream:
+        """(Hugging Face name, full tensor) of the current weights; iterating is a collective.
+
+        only_rank_0: the other ranks take part and get nothing, so that they hold no full tensor.
+        """
+        return WeightStream(self.model, self.arch, self.grid, only_rank_0=only_rank_0)
 
     def update(
         self, micro_batches: Sequence[MicroBatch], teacher: Teacher | None = None

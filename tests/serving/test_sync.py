@@ -4,9 +4,6 @@ The tests run in order: each takes the two servers as the one before has left th
 """
 
 import asyncio
-import os
-import resource
-import signal
 import threading
 import time
 from pathlib import Path
@@ -16,111 +13,40 @@ import torch
 import transformers
 
 from megaopd.errors import UserError
+from megaopd.rollout import group
 from megaopd.rollout.base import Probe
 from megaopd.rollout.config import ServerConfig
-from megaopd.rollout.loop import LoopThread
-from tests.dist.models import save_tiny, tiny
-
-pytest.importorskip("sglang", reason="SGLang is not installed: want=sglang bash launch/env.sh")
-
-from megaopd.rollout import group, push, transfer
 from megaopd.rollout.encode import pickled, post_pickles
+from megaopd.rollout.loop import LoopThread
 from megaopd.rollout.server import Fleet
 from megaopd.rollout.sync import WeightSync
 from megaopd.rollout.verify import score, verify_log_probs
+from tests.dist.models import save_tiny
+from tests.serving.syncing import (
+    METHODS,
+    NOISE,
+    SMALL,
+    TEXT,
+    base,
+    fleet,
+    holds,
+    log_probs,
+    loop,
+    make_sync,
+    model,
+    named,
+    root,
+    sums,
+    weights_of,
+)
 
-METHODS = ("tensor", "broadcast", "disk")
-TEXT = (5, 9, 3, 7, 7, 50, 20, 30, 40, 1, 2)
-SMALL = 0.1  # MB a bucket: the tiny model then takes nine
-NOISE = 2e-5  # of log-probs in float32
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tmp_path_factory.mktemp("sync")
-
-
-@pytest.fixture(scope="module")
-def base(root):
-    """What the servers start with."""
-    return save_tiny(root / "base", "qwen3", tied=False, seed=1)
+__all__ = ["base", "fleet", "loop", "make_sync", "root"]  # fixtures
 
 
 @pytest.fixture(scope="module")
 def students(root):
     """Checkpoints of one architecture and other weights."""
     return [save_tiny(root / f"{seed}", "qwen3", tied=False, seed=seed) for seed in (11, 12, 13)]
-
-
-@pytest.fixture(scope="module")
-def loop():
-    thread = LoopThread()
-    yield thread
-    thread.close()
-
-
-@pytest.fixture(scope="module")
-def fleet(base, loop, root):
-    fleet = Fleet(
-        ServerConfig(count=2), base, device="cpu", dtype="float32", log_dir=root / "servers"
-    )
-    loop.run(fleet.start())
-    yield fleet
-    loop.run(fleet.stop())
-
-
-@pytest.fixture
-def make_sync(base, loop, root):
-    """A WeightSync by some method."""
-    made = []
-
-    def make(method, *, work_dir=None, **config):
-        config = ServerConfig(sync=method, **{"bucket_mb": SMALL, **config})
-        sync = WeightSync(
-            config,
-            model_dir=base,
-            work_dir=work_dir or root / "weights",
-            nonce=f"n{len(made)}{os.urandom(2).hex()}",
-            run=loop.run,
-            device="cpu",
-            dtype="float32",
-        )
-        made.append(sync)
-        return sync
-
-    yield make
-    for sync in made:
-        sync.close()
-
-
-def model(seed):
-    return tiny("qwen3", tied=False, seed=seed)
-
-
-def weights_of(of):
-    return [(name, tensor.clone()) for name, tensor in of.state_dict().items()]
-
-
-@torch.no_grad()
-def log_probs(of):
-    """transformers' log-probs of TEXT[1:]."""
-    rows = of(torch.tensor([TEXT])).logits[0].log_softmax(-1)
-    return [float(rows[t, token]) for t, token in enumerate(TEXT[1:])]
-
-
-def holds(loop, server, of):
-    """Largest difference of a server's log-probs of TEXT from a model's."""
-    got = loop.run(score(server.client, TEXT))
-    return max(abs(a - b) for a, b in zip(got, log_probs(of), strict=True))
-
-
-def sums(loop, server):
-    answer = loop.run(server.client.control("/weights_checker", {"action": "checksum"}))
-    return answer["per_engine_checksum"]
-
-
-def named(loop, server):
-    return loop.run(server.client.get("/model_info"))["weight_version"]
 
 
 def push_from_ranks(path, base, addresses, method, work_dir, probe):
@@ -300,41 +226,6 @@ def test_a_stream_that_turns_out_wrong_half_way(loop, fleet, make_sync):
     assert sync.push(fleet.servers, weights_of(model(27)), 11).failed == {}
 
 
-def test_disk_that_cannot_be_written(loop, fleet, make_sync, tmp_path):
-    """A file where the directory should be; a limit on the size of files."""
-    old, new = model(28), model(29)
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    sync = make_sync("disk", work_dir=blocked)
-    assert make_sync("disk").push(fleet.servers, weights_of(old), 12).failed == {}
-    with pytest.raises(UserError, match=f"cannot write weights to {blocked}"):
-        sync.push(fleet.servers, weights_of(new), 13)
-    sync, limits = make_sync("disk", work_dir=tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-    try:
-        with pytest.raises(UserError, match="cannot write weights to"):
-            sync.push(fleet.servers, weights_of(new), 13)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [p for p in tmp_path.iterdir() if p != blocked] == []
-    for server in fleet.servers:
-        assert (server.state, server.version) == ("serving", 12)
-        assert holds(loop, server, old) < NOISE
-
-
-def test_disk_that_a_server_cannot_see(loop, fleet, make_sync, monkeypatch):
-    """The server keeps its old weights, and goes on with them."""
-    sync, old = make_sync("disk"), model(30)
-    assert sync.push(fleet.servers, weights_of(old), 14).failed == {}
-    monkeypatch.setattr(push, "export", lambda weights, out, **_: [None for _ in weights])
-    report = sync.push(fleet.servers, weights_of(model(31)), 15)
-    assert report.failed.keys() == {"server 0", "server 1"}
-    for server in fleet.servers:
-        assert (server.state, server.version) == ("serving", 14)
-        assert named(loop, server) == sync.tag(14)
-        assert holds(loop, server, old) < NOISE
-
-
 @pytest.mark.parametrize("pause", ["retract", "in_place", "abort"])
 def test_requests_under_way(loop, fleet, make_sync, pause):
     """They go on under the new weights, or end; their spans name nothing but whole versions."""
@@ -365,85 +256,6 @@ def test_requests_under_way(loop, fleet, make_sync, pause):
     else:
         assert versions == {sync.tag(16), sync.tag(17)} and ends == {"length"}
     assert holds(loop, server, model(33)) < NOISE
-
-
-def killing(weights, at, action):
-    """A stream that does something to a server on its way."""
-    for i, item in enumerate(weights):
-        if i == at:
-            action()
-        yield item
-
-
-def restart(loop, fleet, server):
-    loop.run(fleet.bring_up(server))
-    assert (server.state, server.version) == ("unsynced", -1)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_server_killed_half_way(loop, fleet, make_sync, method):
-    """The other one gets its weights, and the one that comes back is given them anew."""
-    sync, new = make_sync(method), model(40)
-    victim, other = fleet.servers
-    assert sync.push(fleet.servers, weights_of(model(41)), 18).failed == {}
-
-    def kill():
-        os.killpg(victim.process.group, signal.SIGKILL)
-
-    stream, started = killing(weights_of(new), 30, kill), time.monotonic()
-    report = sync.push(fleet.servers, stream, 19)
-    assert time.monotonic() - started < 30
-    assert next(stream, None) is None  # to its end
-    assert report.failed.keys() == {victim.name}
-    assert (victim.state, victim.version) == ("unsynced", -1)
-    assert (other.state, other.version) == ("serving", 19)
-    assert holds(loop, other, new) < NOISE
-    restart(loop, fleet, victim)
-    assert sync.push(fleet.servers, weights_of(new), 19).failed == {}
-    assert (victim.state, victim.version) == ("serving", 19)
-    assert holds(loop, victim, new) < NOISE
-
-
-@pytest.mark.parametrize("method", ["tensor", "broadcast"])
-def test_a_server_that_hangs_half_way(loop, fleet, make_sync, method, monkeypatch):
-    """Rank 0 waits no longer than it said; the stuck group is left, and the next sync makes one."""
-    monkeypatch.setattr(transfer, "patience", lambda nbytes: 4.0)
-    monkeypatch.setattr(push, "GIVE_UP_S", 1.0)
-    sync, new = make_sync(method), model(42)
-    if method == "broadcast":
-        sync.transport.timeout = 3.0
-    victim, other = fleet.servers
-    assert sync.push(fleet.servers, weights_of(model(43)), 20).failed == {}
-
-    def stop():
-        os.killpg(victim.process.group, signal.SIGSTOP)
-
-    started = time.monotonic()
-    report = sync.push(fleet.servers, killing(weights_of(new), 30, stop), 21)
-    assert time.monotonic() - started < 30
-    assert report.failed.keys() == {victim.name}
-    assert (other.state, other.version) == ("serving", 21)
-    os.killpg(victim.process.group, signal.SIGKILL)
-    restart(loop, fleet, victim)
-    monkeypatch.undo()
-    assert sync.push(fleet.servers, weights_of(new), 21).failed == {}
-    assert holds(loop, victim, new) < NOISE
-
-
-def test_all_servers_killed(loop, fleet, make_sync):
-    """The stream is brought to its end all the same."""
-    sync = make_sync("broadcast")
-    assert sync.push(fleet.servers, weights_of(model(44)), 22).failed == {}
-
-    def kill():
-        for server in fleet.servers:
-            os.killpg(server.process.group, signal.SIGKILL)
-
-    stream = killing(weights_of(model(45)), 20, kill)
-    report = sync.push(fleet.servers, stream, 23)
-    assert next(stream, None) is None
-    assert report.failed.keys() == {"server 0", "server 1"}
-    assert {server.state for server in fleet.servers} == {"unsynced"}
 
 
 def test_what_cannot_work_is_refused_ahead(fleet, make_sync):
