@@ -4,6 +4,7 @@ Under torchrun (several nodes) the ranks exist already and this module is not us
 """
 
 import os
+import socket
 import sys
 from collections.abc import Sequence
 
@@ -65,20 +66,23 @@ def _run_single(arguments: Sequence[str]) -> int:
 
 
 def _check_port(port: int) -> None:
-    import socket
+    if port and not port_is_free("127.0.0.1", port):
+        raise UserError(
+            f"port {port} on 127.0.0.1 is in use",
+            expected="a free port for the rendezvous",
+            fix="choose another --port, or leave it out",
+        )
 
-    if not port:
-        return
-    with socket.socket() as probe:
+
+def port_is_free(host: str, port: int) -> bool:
+    """Whether a server could listen there now."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as err:
-            raise UserError(
-                f"port {port} on 127.0.0.1 is in use",
-                expected="a free port for the rendezvous",
-                fix="choose another --port, or leave it out",
-            ) from err
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
 
 
 def claim_error() -> bool:

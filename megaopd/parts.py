@@ -13,7 +13,7 @@ from typing import Any
 from megaopd import config as config_io
 from megaopd import faults
 from megaopd.data.prompts import PromptStream
-from megaopd.data.tasks import EnvironmentTask, get_task
+from megaopd.data.tasks import environment_task
 from megaopd.data.tokenizer import check_same_tokenizer, load_tokenizer
 from megaopd.data.types import Prompt, Sample
 from megaopd.errors import UserError
@@ -141,7 +141,7 @@ def _sampler(
         vocab=student.vocab,
         max_positions=min(student.arch.max_positions, limit),
     )
-    if config.data.task and isinstance(get_task(config.data.task), EnvironmentTask):
+    if environment_task(config.data.task or ""):
         _ = engine.turns  # a chat template that cannot separate turns is refused now
     return Sampler(
         config,

@@ -46,6 +46,7 @@ class Sampler:
         shares = config.rollout.engine == "sglang" and config.server.placement == "colocated"
         self.turns = TurnTaking(student, teacher) if shares and training else None
         self.engine_turn = False
+        self.probes = engine.shared and config.server.verify == "probe"
         rng = random.Random(config.run.seed)
         self.probe_ids = [rng.randrange(student.vocab) for _ in range(PROBE_TOKENS)]
         self._metrics: dict[str, float] = {}
@@ -68,7 +69,7 @@ class Sampler:
             return
         self.take_turn()
         probe = None
-        if self.engine.shared and self.turns is None:  # a probe needs the KV cache, which is away
+        if self.probes and self.turns is None:  # a probe needs the KV cache, which is away
             ids = self.probe_ids
             probe = Probe(tuple(ids), self.student.log_probs(ids))
         if self.turns is not None:

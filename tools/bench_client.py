@@ -59,12 +59,6 @@ def endless(model_dir: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": None}))
 
 
-def pin(core: int) -> None:
-    """Keep every thread of this process on one core. The server started first, on its own."""
-    for thread in os.listdir("/proc/self/task"):
-        os.sched_setaffinity(int(thread), {core})
-
-
 def memory_mb() -> float:
     """Of this process, resident, in 10^6 bytes."""
     import psutil
@@ -165,13 +159,6 @@ class Bench:
         return replace(self.params, max_new_tokens=8)
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """95% bootstrap interval of the median."""
-    rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(1000))
-    return medians[24], medians[974]
-
-
 def describe(arguments: argparse.Namespace, result: dict[str, Any]) -> str:
     """The markdown page."""
     command = ("python tools/bench_client.py " + " ".join(sys.argv[1:])).strip()
@@ -210,12 +197,14 @@ def main() -> None:
     parser.add_argument("--client-core", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("bench_client"))
     arguments = parser.parse_args()
+    from bench.measure import Pairs, bootstrap_median, pin
+
     from megaopd.report.progress import progress
 
     rng, found = random.Random(0), {"bare": [], "client": []}
     with tempfile.TemporaryDirectory() as root:
         bench = Bench(Path(root), arguments)
-        pin(arguments.client_core)
+        pin(arguments.client_core)  # the server has its own core, and has been started
         with bench.engine:
             bench.bare(), bench.client()  # the server's first requests are slow
             with progress("rounds", arguments.rounds) as advance:
@@ -224,14 +213,14 @@ def main() -> None:
                         found[name].append(getattr(bench, name)())
                     advance(1)
             readings = bench.memory(arguments.samples)
-    ratios = [c / b for b, c in zip(found["bare"], found["client"], strict=True)]
+    ratio = bootstrap_median(Pairs(found["client"], found["bare"]).ratios())
     tokens = arguments.requests * arguments.tokens
     result = {
         "concurrency": arguments.concurrency,
         "bare_s": statistics.median(found["bare"]),
         "client_s": statistics.median(found["client"]),
-        "ratio": statistics.median(ratios),
-        "interval": interval(ratios),
+        "ratio": ratio.median,
+        "interval": [ratio.low, ratio.high],
         "tokens_per_s": tokens / statistics.median(found["client"]),
         "memory_mb": readings,
     }

@@ -83,12 +83,6 @@ class Simulation:
         self.running = [request for request in self.running if request[1] > 0]
 
 
-def pin(core: int) -> None:
-    """Keep every thread of this process on one core. The server started first, on its own."""
-    for thread in os.listdir("/proc/self/task"):
-        os.sched_setaffinity(int(thread), {core})
-
-
 def build(root: Path, arguments: argparse.Namespace) -> Any:
     """The parts of a run with staleness 1."""
     from megaopd.parallel import init_distributed
@@ -167,7 +161,6 @@ class Bench:
             parts.update(parts.sampler.sample(self.step))
             times.append(time.perf_counter() - begun)
             self.step += 1
-        parts.sampler.buffer.batches[self.step] = parts.sampler.buffer.batches.pop(self.step)
         self.drain()
         return statistics.mean(times[1:])
 
@@ -176,7 +169,7 @@ class Bench:
         batch = self.parts.sampler.buffer.batches[self.step]
         buffer = self.parts.sampler.buffer
         while batch.tickets:
-            buffer._advance(batch, False)
+            buffer._advance(batch)
 
 
 def measure(bench: Bench, rounds: int) -> dict[str, list[float]]:
@@ -231,13 +224,6 @@ def simulations(bench: Bench, engine: Engine, medians: dict[str, float]) -> list
     return rows
 
 
-def interval(values: list[float], seed: int = 0) -> tuple[float, float]:
-    """95% bootstrap interval of the median."""
-    rng = random.Random(seed)
-    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(1000))
-    return medians[24], medians[974]
-
-
 def report(result: dict[str, Any], command: str) -> str:
     """The markdown page."""
     lines = ["# Sampling and training at once, measured", "", f"    {command}", ""]
@@ -271,8 +257,10 @@ def main() -> None:
     parser.add_argument("--server-core", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("bench_overlap"))
     arguments = parser.parse_args()
+    from bench.measure import bootstrap_median, pin
+
     with tempfile.TemporaryDirectory() as root, build(Path(root), arguments) as parts:
-        pin(arguments.trainer_core)
+        pin(arguments.trainer_core)  # the server has its own core, and has been started
         bench = Bench(parts, arguments)
         found = measure(bench, arguments.rounds)
         engine = engine_of(bench, parts.config.server.concurrency)
@@ -282,10 +270,7 @@ def main() -> None:
     result = {
         "what": f"{arguments.prompts} responses of {statistics.mean(bench.lengths):.1f} tokens a "
         f"step (at most {arguments.tokens}), {arguments.rounds} rounds.",
-        "seconds": {
-            name: dict(zip(("median", "low", "high"), (medians[name], *interval(v)), strict=True))
-            for name, v in found.items()
-        },
+        "seconds": {name: asdict(bootstrap_median(v)) for name, v in found.items()},
         "ratios": {
             "staleness 1 / max(rollout, update)": medians["overlapped"] / larger,
             "staleness 1 / max(rollout, update + sync)": medians["overlapped"]

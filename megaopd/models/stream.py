@@ -4,7 +4,7 @@
 export, the embedded rollout engine, and rollout servers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -201,3 +201,9 @@ def _portable(rule: Rule) -> Rule:
 
 def _unknown(arch: Architecture) -> int:
     raise AssertionError("a rule that came from another rank does not load")
+
+
+def exhaust(stream: Iterable[Any]) -> None:
+    """Iterate to the end: each tensor is a collective, in which no rank may be missing."""
+    for _ in stream:
+        pass

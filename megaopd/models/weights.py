@@ -14,6 +14,7 @@ from megaopd.errors import UserError
 from megaopd.models.build import Architecture
 from megaopd.models.names import Entry, entries, expected_names
 from megaopd.models.stream import WeightStream as WeightStream
+from megaopd.models.stream import exhaust
 from megaopd.parallel import Grid
 
 INDEX = "model.safetensors.index.json"
@@ -261,6 +262,5 @@ def export_hf(
             for name, tensor in stream:
                 writer.add(name, tensor)
     else:
-        for _ in stream:
-            pass
+        exhaust(stream)
     dist.barrier()

@@ -25,7 +25,7 @@ from functools import cached_property, partial
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
-from megaopd.data.tasks import get_environment
+from megaopd.data.tasks import environment_task, get_environment
 from megaopd.data.tasks.environments import Step, seed_of
 from megaopd.data.types import Sample
 from megaopd.rollout.base import (
@@ -94,7 +94,7 @@ class AgentEngine:
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
         """One sample per request, in order."""
-        if not any(get_environment(request.prompt) for request in requests):
+        if not any(environment_task(request.prompt.task) for request in requests):
             return self.engine.generate(requests, params)
         session, made = self.session(), {}
         try:

@@ -176,8 +176,8 @@ def check_requests(
     for request in requests:
         ids = request.prompt.token_ids
         who = f"prompt {request.prompt.id!r}"
-        bad = next((i for i in ids if not 0 <= i < vocab), None)
-        if bad is not None:
+        if min(ids) < 0 or max(ids) >= vocab:  # in C: this stands before every request
+            bad = next(i for i in ids if not 0 <= i < vocab)
             raise UserError(
                 f"{who} holds token id {bad}",
                 expected=f"ids from 0 to {vocab - 1}",

@@ -32,19 +32,21 @@ class Batch:
     """Requests that are handed out together, prompt after prompt."""
 
     requests: list[Request]
+    params: SamplingParams
     per_prompt: int
-    cursor: dict[str, Any]  # of the prompt stream, before these prompts were drawn
     samples: list[Sample | None]  # by request
+    cursor: dict[str, Any] | None = None  # of the stream before its prompts; None: not a step's
+    reward: Reward | None = None  # judges groups, where not all of them are to be handed out
     tickets: set[int] = field(default_factory=set)  # rank 0: not finished
     informative: dict[int, bool] = field(default_factory=dict)  # finished group -> rewards differ
 
-    def put(self, place: int, sample: Sample, reward: Reward | None) -> None:
+    def put(self, place: int, sample: Sample) -> None:
         """Take the sample of request `place`; judge its group where that was the last of it."""
         self.samples[place] = sample
         group = place // self.per_prompt
         members = self.group(group)
-        if reward is not None and len(members) == self.per_prompt:
-            rewards = {reward(member) for member in members} - {None}
+        if self.reward is not None and len(members) == self.per_prompt:
+            rewards = {self.reward(member) for member in members} - {None}
             self.informative[group] = len(rewards) > 1
 
     def group(self, number: int) -> list[Sample]:
@@ -93,7 +95,8 @@ class RolloutBuffer:
         self.engine, self.prompts, self.config, self.grid = engine, prompts, config, grid
         self.run_seed, self.total_steps = run_seed, total_steps
         self.reward, self.resync = reward, resync
-        self.finished = None if config.oversample > 1 else finished
+        self.dynamic = config.oversample > 1
+        self.finished = None if self.dynamic else finished
         self.params = replace(SamplingParams.from_config(config), top_ids=top_ids)
         self.batches: dict[int, Batch] = {}  # by step, oldest first
         self._session: Session | None = None
@@ -110,7 +113,7 @@ class RolloutBuffer:
             if ahead not in self.batches:
                 self.batches[ahead] = self._draw(ahead)
         batch = self.batches.pop(step)
-        samples = self._finish(batch, dynamic=self.config.oversample > 1)
+        samples = self._finish(batch)
         ages = [step - s.weight_version for s in samples]
         assert max(ages) <= self.config.staleness, (step, max(ages), "older than staleness")
         self._counts["rollout/staleness"] = sum(ages) / len(ages)
@@ -121,15 +124,17 @@ class RolloutBuffer:
         self, prompts: Sequence[Prompt], key: int, per_prompt: int, params: SamplingParams
     ) -> list[Sample]:
         """`per_prompt` samples of each prompt; `key` takes the step's place in their seeds."""
-        batch = self._batch(prompts, key, per_prompt)
-        self._submit(batch, params)
-        return self._finish(batch, params=params)
+        batch = self._batch(prompts, key, per_prompt, params)
+        self._submit(batch)
+        return self._finish(batch)
 
     @property
     def cursor(self) -> dict[str, Any]:
         """Where the prompts of the next batch to be handed out begin."""
         if self.batches:
-            return self.batches[min(self.batches)].cursor
+            cursor = self.batches[min(self.batches)].cursor
+            assert cursor is not None
+            return cursor
         return self.prompts.state_dict()
 
     def metrics(self) -> dict[str, float]:
@@ -145,56 +150,55 @@ class RolloutBuffer:
         cursor = self.prompts.state_dict()
         count = round(self.config.prompts_per_step * self.config.oversample)
         prompts = self.prompts.next_batch(count)
-        batch = self._batch(prompts, step, self.config.samples_per_prompt, cursor)
-        self._submit(batch, self.params)
+        batch = self._batch(prompts, step, self.config.samples_per_prompt, self.params)
+        batch.cursor, batch.reward = cursor, self.reward if self.dynamic else None
+        self._submit(batch)
         return batch
 
     def _batch(
-        self, prompts: Sequence[Prompt], key: int, per_prompt: int, cursor: Any = None
+        self, prompts: Sequence[Prompt], key: int, per_prompt: int, params: SamplingParams
     ) -> Batch:
         requests = [
             Request(prompt, request_seed(self.run_seed, key, prompt, i), i)
             for prompt in prompts
             for i in range(per_prompt)
         ]
-        return Batch(requests, per_prompt, cursor or {}, [None] * len(requests))
+        return Batch(requests, params, per_prompt, [None] * len(requests))
 
-    def _submit(self, batch: Batch, params: SamplingParams) -> None:
+    def _submit(self, batch: Batch) -> None:
         """Send the batch's requests on their way, where an engine works in the background."""
         if not self.engine.shared or self.grid.rank != 0:
             return
         if self._session is None:
             self._session = self.engine.session()
         for place, request in enumerate(batch.requests):
-            ticket = self._session.submit(request, params)
+            ticket = self._session.submit(request, batch.params)
             self._owner[ticket] = batch, place
             batch.tickets.add(ticket)
 
-    def _finish(
-        self, batch: Batch, *, params: SamplingParams | None = None, dynamic: bool = False
-    ) -> list[Sample]:
+    def _finish(self, batch: Batch) -> list[Sample]:
         """Wait for a batch; its samples on every rank."""
         if not self.engine.shared:
-            self._sample_here(batch, params or self.params, dynamic)
-            return self._chosen(batch, dynamic)
+            self._sample_here(batch)
+            return self._chosen(batch)
         while True:
-            news: Any = self._advance(batch, dynamic) if self.grid.rank == 0 else None
+            news: Any = self._advance(batch) if self.grid.rank == 0 else None
             news = broadcast_object(news)
             if isinstance(news, list):
                 return news
             if news == NEEDS_WEIGHTS:
                 self.resync()
 
-    def _sample_here(self, batch: Batch, params: SamplingParams, dynamic: bool) -> None:
+    def _sample_here(self, batch: Batch) -> None:
         """Each rank's engine samples its share."""
         world, rank = self.grid.world_size, self.grid.rank
         mine = batch.requests[rank::world]
-        made = gather_objects(self.engine.generate(mine, params) if mine else [])
+        made = gather_objects(self.engine.generate(mine, batch.params) if mine else [])
         for other, part in enumerate(made):
             for i, sample in enumerate(part):
-                batch.put(other + i * world, sample, self.reward if dynamic else None)
+                batch.put(other + i * world, sample)
 
-    def _advance(self, batch: Batch, dynamic: bool) -> list[Sample] | str:
+    def _advance(self, batch: Batch) -> list[Sample] | str:
         """Rank 0: the batch's samples when they are there, or why there are none yet."""
         session = self._session
         assert session is not None
@@ -209,17 +213,18 @@ class RolloutBuffer:
                 owner, place = self._owner.pop(ticket)
                 if ticket in owner.tickets:  # else it was aborted, and its batch has gone
                     owner.tickets.discard(ticket)
-                    owner.put(place, sample, self.reward if self.config.oversample > 1 else None)
-                    if self.finished is not None and owner.cursor:
+                    owner.put(place, sample)
+                    if self.finished is not None and owner.cursor is not None:
                         self.finished([sample])
-            if dynamic and sum(batch.informative.values()) >= self.config.prompts_per_step:
+            enough = sum(batch.informative.values()) >= self.config.prompts_per_step
+            if batch.reward is not None and enough:
                 session.abort(batch.tickets)
                 batch.tickets = set()
-        return self._chosen(batch, dynamic)
+        return self._chosen(batch)
 
-    def _chosen(self, batch: Batch, dynamic: bool) -> list[Sample]:
+    def _chosen(self, batch: Batch) -> list[Sample]:
         """All samples; with dynamic sampling those of as many groups as a step takes."""
-        if dynamic:
+        if batch.reward is not None:
             share = sum(batch.informative.values()) / len(batch.informative)
             self._counts["rollout/informative_groups"] = share
             return batch.chosen(self.config.prompts_per_step)

@@ -3,15 +3,15 @@
 The flags are those of SGLang 0.5.23. The pure part of serving: nothing here starts anything.
 """
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megaopd.errors import UserError
+from megaopd.models.build import read_hf_config
 from megaopd.rollout.config import ServerConfig
 from megaopd.rollout.guard import cores_of
 
@@ -226,13 +226,25 @@ def served(model_dir: Path) -> Served:
     Raises:
         UserError: there is no readable config.json, or it names no context length.
     """
+    config = language_config(model_dir)
+    positions = int(config["max_position_embeddings"])
+    return Served(positions, any((config.get(name) or 0) > 1 for name in EXPERT_COUNTS))
+
+
+def language_config(model_dir: Path) -> dict[str, Any]:
+    """config.json of a checkpoint that SGLang serves; of the text model, where it has others too.
+
+    Raises:
+        UserError: there is no readable config.json, or it names no context length.
+    """
     path = model_dir / "config.json"
     try:
-        config = json.loads(path.read_text())
-        config = {**config.get("text_config", {}), **config}
-        positions = int(config["max_position_embeddings"])
-    except (OSError, ValueError, KeyError) as err:
+        config = read_hf_config(model_dir)
+    except (UserError, OSError) as err:
         raise UserError(
-            f"{path} cannot be read: {err!r}", expected="a Hugging Face checkpoint directory"
+            f"{path} cannot be read: {err}", expected="a Hugging Face checkpoint directory"
         ) from err
-    return Served(positions, any((config.get(name) or 0) > 1 for name in EXPERT_COUNTS))
+    config = {**config.get("text_config", {}), **config}
+    if "max_position_embeddings" not in config:
+        raise UserError(f"{path} cannot be read: no max_position_embeddings", expected="it")
+    return config

@@ -7,7 +7,6 @@ it is sampled again. While weights are pushed, nothing is sent and no answer is 
 """
 
 import asyncio
-import random
 import secrets
 from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine, Sequence
@@ -17,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 from megaopd.data.types import FinishReason, Sample
 from megaopd.errors import UserError
 from megaopd.rollout.config import ServerConfig
-from megaopd.rollout.http import ServerError
+from megaopd.rollout.http import BadAnswer, ServerError, backoff
 from megaopd.rollout.jobs import Attempt, Job, Life
 from megaopd.rollout.records import (
-    BadAnswer,
     Leg,
     Limits,
     UnknownWeights,
@@ -31,7 +29,6 @@ from megaopd.rollout.records import (
 if TYPE_CHECKING:
     from megaopd.rollout.server import Server
 
-BACKOFF_S, BACKOFF_MAX_S = 0.5, 30.0  # before a request is sent again; doubled every time
 ABORT_AGAIN_S = 1.0  # an abort that overtakes its request is not heard
 ABORT_GRACE_S = 15.0  # an aborted request that has not answered by then is given up
 # The server that knows a prompt is taken unless it has more outstanding tokens than this.
@@ -308,9 +305,8 @@ class Dispatcher:
             self._lost(server, str(why))
         self.counts["retries"] += 1
         job.avoid = server.name
-        wait_s = min(BACKOFF_S * 2**job.tries, BACKOFF_MAX_S) * random.uniform(0.5, 1.0)
         loop = asyncio.get_running_loop()
-        loop.call_later(wait_s if pause else 0.0, self._retry, attempt, why)
+        loop.call_later(backoff(job.tries) if pause else 0.0, self._retry, attempt, why)
 
     def _retry(self, attempt: Attempt, why: ServerError | BadAnswer) -> None:
         """After the pause: a server that has gone meanwhile, or was synced, excuses its failure."""

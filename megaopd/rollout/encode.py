@@ -5,7 +5,6 @@ shared memory) kills a server, so their bytes travel in the request. What is sen
 twice: the pickle takes the place of the tensors, and base64 is made while it is sent.
 """
 
-import asyncio
 import binascii
 import io
 import json
@@ -14,9 +13,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import aiohttp
-
-from megaopd.rollout.http import ServerClient, ServerError, error_message
+from megaopd.rollout.http import ServerClient
 
 Bucket = list[tuple[str, Any]]  # (Hugging Face name, tensor)
 CHUNK = 3 << 18  # bytes that are encoded together; a multiple of 3: base64 then needs no padding
@@ -113,7 +110,7 @@ async def post_pickles(
     """POST {**fields, key: [each pickle in base64]}, made while it is sent.
 
     Raises:
-        ServerError: as ServerClient.control.
+        ServerError: as ServerClient.request.
     """
 
     async def body() -> AsyncIterator[bytes]:
@@ -125,22 +122,7 @@ async def post_pickles(
             yield b'"'
         yield b"]}"
 
-    # The client's own `request` takes a whole body.
-    session = client._open()
-    try:
-        async with (
-            asyncio.timeout(timeout),
-            session.post(
-                client.url + path, data=body(), headers={"Content-Type": "application/json"}
-            ) as answer,
-        ):
-            status, content = answer.status, await answer.read()
-    except TimeoutError:
-        raise ServerError(client.url, path, 0, f"no answer within {timeout:g} s") from None
-    except aiohttp.ClientError as err:
-        raise ServerError(client.url, path, 0, str(err) or type(err).__name__) from err
-    if status >= 400:
-        raise ServerError(client.url, path, status, error_message(content))
+    await client.request("POST", path, stream=body(), timeout=timeout)
 
 
 def base64_chunks(pieces: Iterable[bytes]) -> Iterator[bytes]:

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import random
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,18 @@ except ImportError:
 # SGLang closes a connection that was idle for 5 s. Ours are dropped earlier: a request that is
 # written into a closing connection is lost, and a POST is not sent again by itself.
 KEEP_ALIVE_S = 2.0
+
+
+BACKOFF_S, BACKOFF_MAX_S = 0.5, 30.0  # before a request is sent again; doubled every time
+
+
+def backoff(tries: int) -> float:
+    """Seconds to wait after the failure that `tries` others came before; spread at random."""
+    return min(BACKOFF_S * 2**tries, BACKOFF_MAX_S) * random.uniform(0.5, 1.0)
+
+
+class BadAnswer(Exception):
+    """An answer that is not what SGLang documents. Sent again, the request may fare better."""
 
 
 class ServerError(Exception):
@@ -84,16 +98,25 @@ class ServerClient:
         return self._session
 
     async def request(
-        self, method: str, path: str, body: Any = None, *, timeout: float | None = None
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        timeout: float | None = None,
+        stream: AsyncIterator[bytes] | None = None,
     ) -> Any:
         """The JSON answer (text where it is not JSON).
+
+        Args:
+            stream: a JSON body that is made while it is sent, in place of `body`.
 
         Raises:
             ServerError: no answer within `timeout` seconds, a broken connection, a status of 400
                 and more, or JSON that does not parse.
         """
-        data = None if body is None else _dumps(body)
-        headers = None if body is None else {"Content-Type": "application/json"}
+        data = stream if body is None else _dumps(body)
+        headers = None if data is None else {"Content-Type": "application/json"}
         try:
             async with (
                 asyncio.timeout(timeout),
@@ -133,14 +156,22 @@ class ServerClient:
             raise ServerError(self.url, path, 200, str(answer.get("message", answer)))
         return answer
 
-    async def capabilities(self, *, timeout: float = 30.0) -> Capabilities:
-        """Read the server's own list of routes."""
+    async def server_info(self, *, timeout: float) -> dict[str, Any]:
+        """What the server says about itself; its scheduler has to answer for that.
+
+        Raises:
+            ServerError: it does not, within `timeout` seconds.
+        """
+        try:
+            return await self.get("/server_info", timeout=timeout)
+        except ServerError as err:
+            if err.status != 404:
+                raise
+            return await self.get("/get_server_info", timeout=timeout)  # older releases
+
+    async def capabilities(self, info: Mapping[str, Any], *, timeout: float = 30.0) -> Capabilities:
+        """From the server's own list of routes, and from its `server_info`."""
         routes = set((await self.get("/openapi.json", timeout=timeout)).get("paths", {}))
-        info = {}
-        for path in ("/server_info", "/get_server_info"):
-            if path in routes:
-                info = await self.get(path, timeout=timeout)
-                break
         return Capabilities(
             version=str(info.get("version", "")),
             update_session="/begin_weight_update" in routes,

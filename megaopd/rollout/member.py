@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megaopd.rollout.http import Capabilities, ServerClient, ServerError
+from megaopd.rollout.http import Capabilities, ServerClient
 from megaopd.rollout.process import ServerProcess, log_tail
 
 State = Literal["starting", "unsynced", "serving", "syncing", "lost"]
@@ -70,20 +70,6 @@ class Server:
         self.capabilities, self.identity = capabilities, identity_of(info)
         self.incarnation += 1
         self.state, self.version, self.why = "unsynced", -1, ""
-
-
-async def server_info(client: ServerClient, timeout: float) -> dict[str, Any]:
-    """What a server says about itself; its scheduler has to answer for that.
-
-    Raises:
-        ServerError: it does not, within `timeout` seconds.
-    """
-    try:
-        return await client.get("/server_info", timeout=timeout)
-    except ServerError as err:
-        if err.status != 404:
-            raise
-        return await client.get("/get_server_info", timeout=timeout)  # older releases
 
 
 def identity_of(info: Mapping[str, Any]) -> str:

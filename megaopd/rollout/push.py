@@ -16,6 +16,7 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from megaopd.models.stream import exhaust
 from megaopd.rollout import verify
 from megaopd.rollout.base import Probe
 from megaopd.rollout.checksum import Checksums
@@ -128,8 +129,7 @@ class Push:
 
     def refuse(self, why: str) -> None:
         """Bring the stream to its end, and leave the servers as they were where that can be."""
-        for _ in self.stream:  # a collective: the other ranks are in it
-            pass
+        exhaust(self.stream)
         if self.job is not None:
             wait([self.job])
 

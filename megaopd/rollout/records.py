@@ -19,10 +19,7 @@ from typing import Any
 from megaopd.data.types import LOG_PROB_CEILING, FinishReason, Sample, Span
 from megaopd.errors import UserError
 from megaopd.rollout.base import Request, SamplingParams
-
-
-class BadAnswer(Exception):
-    """An answer that is not what SGLang documents. Sent again, the request may fare better."""
+from megaopd.rollout.http import BadAnswer
 
 
 class UnknownWeights(Exception):

@@ -28,16 +28,13 @@ import numpy as np
 
 from megaopd.data.types import LOG_PROB_CEILING
 from megaopd.errors import UserError
+from megaopd.losses.remote import ABSENT
+from megaopd.rollout.http import BadAnswer
 
 Array = np.ndarray[Any, Any]
-ABSENT = -1  # the id of an entry that is not there
 # One more request costs about as much as this many more entries: of 300, 1000, 3000 and 10000 the
 # fastest, on one core for server and client (16 samples of 512 tokens, 20 ids each).
 REQUEST_ENTRIES = 1000
-
-
-class BadAnswer(Exception):
-    """A server answered something that cannot be what was asked for."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ server, and one that takes too long sequences may cut them silently (--allow-aut
 
 import asyncio
 import contextlib
-import random
 import re
 import time
 import uuid
@@ -27,9 +26,8 @@ from typing import Any
 import aiohttp
 
 from megaopd.errors import UserError
-from megaopd.rollout.http import ServerClient, ServerError
+from megaopd.rollout.http import BadAnswer, ServerClient, ServerError, backoff
 from megaopd.rollout.score_tables import (
-    BadAnswer,
     Job,
     ScoreRequest,
     TokenScores,
@@ -41,7 +39,6 @@ from megaopd.rollout.score_tables import (
     whole_job,
 )
 
-LONGEST_PAUSE_S = 30.0
 PROBE_TIMEOUT_S = 30.0
 CHECKS_IDS = (0, 5, 23)  # a release that refuses token_ids_logprob outside its vocabulary
 
@@ -146,8 +143,7 @@ class Scorer:
         client = server.client
         try:
             routes = await client.get("/openapi.json", timeout=PROBE_TIMEOUT_S)
-            path = "/server_info" if "/server_info" in routes["paths"] else "/get_server_info"
-            info = await client.get(path, timeout=PROBE_TIMEOUT_S)
+            info = await client.server_info(timeout=PROBE_TIMEOUT_S)
         except ServerError as err:
             raise UserError(
                 f"the teacher's server {client.url} does not answer: {err}",
@@ -241,8 +237,7 @@ class Scorer:
                         expected="servers that answer",
                         fix="look at the server's log; remote_teacher.retries and timeout_s",
                     ) from err
-                pause = min(LONGEST_PAUSE_S, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
-                server.resting_until = time.monotonic() + pause
+                server.resting_until = time.monotonic() + backoff(attempt)
                 server = self._choose()
                 await asyncio.sleep(max(0.0, server.resting_until - time.monotonic()))
         raise AssertionError("unreachable")

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megaopd.errors import UserError
+from megaopd.launch import port_is_free
 from megaopd.report.progress import progress
 from megaopd.rollout.command import (
     PYTHON_VARIABLE,
@@ -27,8 +28,8 @@ from megaopd.rollout.command import (
 )
 from megaopd.rollout.config import ServerConfig
 from megaopd.rollout.http import ServerClient, ServerError
-from megaopd.rollout.member import Server, StartFailed, say, server_info
-from megaopd.rollout.process import ServerProcess, free_port, log_error, port_is_free
+from megaopd.rollout.member import Server, StartFailed, say
+from megaopd.rollout.process import ServerProcess, free_port, log_error
 from megaopd.rollout.watch import LOOK_TIMEOUT_S, Watch
 
 POLL_S = 0.5  # between two looks at a server that starts
@@ -217,7 +218,7 @@ class Fleet:
                 raise StartFailed(f"ended while it started ({server.ending()})")
             try:
                 await server.client.get("/health", timeout=timeout)
-                return await server_info(server.client, timeout)
+                return await server.client.server_info(timeout=timeout)
             except ServerError as err:
                 if err.status in (401, 403):
                     raise StartFailed(f"refuses our key: {err}") from err
@@ -235,7 +236,7 @@ class Fleet:
         if not server.attached and info.get("random_seed") != server.seed:
             raise StartFailed(f"is not what answers on its port: {server.url} is another server")
         try:
-            server.met(info, await server.client.capabilities())
+            server.met(info, await server.client.capabilities(info))
         except ServerError as err:
             raise StartFailed(f"does not say what it can do: {err}") from err
 

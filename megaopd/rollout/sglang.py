@@ -9,7 +9,6 @@ what a restarted server, another run, or a failed sync serves is never taken for
 """
 
 import asyncio
-import json
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,8 +17,10 @@ from typing import Any, Literal, TypeVar
 
 from megaopd.data.types import Sample
 from megaopd.errors import UserError
+from megaopd.models.stream import exhaust
 from megaopd.parallel import broadcast_object
 from megaopd.rollout.base import NeedsWeights, Probe, Request, SamplingParams
+from megaopd.rollout.command import language_config
 from megaopd.rollout.config import ServerConfig
 from megaopd.rollout.dispatch import Dispatcher
 from megaopd.rollout.http import ServerError
@@ -372,16 +373,9 @@ class ServingTier:
         return counts
 
 
-def exhaust(stream: Iterable[Any]) -> None:
-    """Iterate to the end: each tensor is a collective, in which no rank may be missing."""
-    for _ in stream:
-        pass
-
-
 def limits_of(model_dir: Path, servers: Sequence[Server]) -> Limits:
     """What a request may ask for: the strictest of the model's config and all servers'."""
-    config = json.loads((model_dir / "config.json").read_text())
-    config = {**config.get("text_config", {}), **config}
+    config = language_config(model_dir)
     positions = [int(config["max_position_embeddings"])]
     # A response that stops at a sync is resumed with all but its last token as the prompt.
     prompts = [server.info.get("max_req_input_len") for server in servers]

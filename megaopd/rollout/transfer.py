@@ -8,7 +8,7 @@ import contextlib
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from megaopd.errors import UserError
 from megaopd.models.weights import HfWriter
@@ -28,31 +28,28 @@ def patience(nbytes: int) -> float:
     return 60.0 + nbytes / 1e7
 
 
-class Transport(Protocol):
+class Transport:
     """A way for buckets of weights to reach servers, one after the other."""
 
     async def open(self, server: "Server") -> None:
         """What a server needs before its first bucket; raises ServerError."""
-        ...
 
     def pack(self, bucket: Bucket) -> Any:
         """A bucket as `send` takes it, made once for all servers; the bucket is used up."""
-        ...
+        raise NotImplementedError
 
     async def send(self, server: "Server", packed: Any, nbytes: int) -> None:
         """Have a server load a bucket of so many bytes; raises ServerError."""
-        ...
+        raise NotImplementedError
 
     def drop(self, server: "Server") -> None:
         """Forget what is open with a server: it failed."""
-        ...
 
     async def close(self) -> None:
         """Forget what is open with all of them."""
-        ...
 
 
-class TensorTransport:
+class TensorTransport(Transport):
     """/update_weights_from_tensor: the bytes themselves, or handles of GPU memory.
 
     Args:
@@ -63,9 +60,6 @@ class TensorTransport:
 
     def __init__(self, *, ipc: bool, flush: bool) -> None:
         self.ipc, self.flush = ipc, flush
-
-    async def open(self, server: "Server") -> None:
-        pass
 
     def pack(self, bucket: Bucket) -> Any:
         return flatten(bucket) if self.ipc else pickled(bucket)
@@ -82,14 +76,8 @@ class TensorTransport:
             timeout=patience(nbytes * len(ranks)),
         )
 
-    def drop(self, server: "Server") -> None:
-        pass
 
-    async def close(self) -> None:
-        pass
-
-
-class BroadcastTransport:
+class BroadcastTransport(Transport):
     """/update_weights_from_distributed: over a process group with each server, kept while it lives.
 
     Args:
@@ -178,17 +166,14 @@ async def _both(tasks: list[asyncio.Future[Any]], server: "Server", path: str) -
             task.cancel()
 
 
-class DiskTransport:
-    """/update_weights_from_disk: a directory that the servers see under the same path."""
+class DiskTransport(Transport):
+    """/update_weights_from_disk: the model as a directory that the servers see under the same path.
+
+    There are no buckets to pack.
+    """
 
     def __init__(self, *, flush: bool) -> None:
         self.flush = flush
-
-    async def open(self, server: "Server") -> None:
-        pass
-
-    def pack(self, bucket: Bucket) -> Any:
-        raise AssertionError("the whole model is one directory")
 
     async def send(self, server: "Server", packed: Any, nbytes: int) -> None:
         form = server.info.get("load_format") or "auto"
@@ -198,12 +183,6 @@ class DiskTransport:
             "flush_cache": self.flush,
         }
         await server.client.control("/update_weights_from_disk", body, timeout=patience(nbytes))
-
-    def drop(self, server: "Server") -> None:
-        pass
-
-    async def close(self) -> None:
-        pass
 
 
 def export(

@@ -11,7 +11,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from megaopd.rollout.http import ServerError
-from megaopd.rollout.member import Server, StartFailed, State, identity_of, say, server_info
+from megaopd.rollout.member import Server, StartFailed, State, identity_of, say
 
 if TYPE_CHECKING:
     from megaopd.rollout.server import Fleet
@@ -89,7 +89,7 @@ class Watch:
             server.process.working()  # from now on
         front, info = await asyncio.gather(
             _ask(server.client.get("/health", timeout=self._timeout)),
-            _ask(server_info(server.client, self._timeout)),
+            _ask(server.client.server_info(timeout=self._timeout)),
         )
         if isinstance(front, ServerError) and not server.attached:
             await asyncio.sleep(GUARD_S)
@@ -178,7 +178,7 @@ class Watch:
                 return
             answers = [
                 await _ask(self.server.client.get("/health", timeout=self._timeout)),
-                await _ask(server_info(self.server.client, self._timeout)),
+                await _ask(self.server.client.server_info(timeout=self._timeout)),
             ]
             if any(isinstance(answer, ServerError) for answer in answers):
                 continue

@@ -16,7 +16,7 @@ Shapes: R response tokens of a sample, K entries of a list.
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,7 +43,7 @@ _COUNTED = ("tokens", "missing", "entries", "missing_entries")
 class _Report:
     """What one rank says of the samples that it scored."""
 
-    error: tuple[str, str, str] | None = None  # of a UserError
+    error: UserError | None = None
     valid: dict[int, Any] = field(default_factory=dict)  # sample -> [R] bool
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_COUNTED, 0.0))
     seconds: float = 0.0
@@ -90,7 +90,8 @@ class RemoteTeacher:
         self._loop: LoopThread | None = None
         self._scorer: Scorer | None = None
         # Rank 0 too: it speaks to the servers that sample, and has samples as they finish.
-        _share_error(self._open(config) if leads or grid.rank == 0 else None)
+        error = self._open(config) if leads or grid.rank == 0 else None
+        _raise_first(gather_objects(error))
 
     def _open(self, config: RemoteTeacherConfig) -> UserError | None:
         names = ("batch_tokens", "calls", "timeout_s", "retries", "max_union", "max_entries")
@@ -160,9 +161,7 @@ class RemoteTeacher:
         mine = [i for i, owner in enumerate(owners) if owner == self.grid.rank]
         report, packed = self._score_mine(samples, mine)
         reports: list[_Report] = gather_objects(report)
-        for other in reports:
-            if other.error is not None:
-                raise UserError(other.error[0], expected=other.error[1], fix=other.error[2])
+        _raise_first(other.error for other in reports)
         valid: dict[int, Any] = {}
         for other in reports:
             valid |= other.valid
@@ -208,7 +207,7 @@ class RemoteTeacher:
             try:
                 found = self._pending[_key(samples[i])].result()
             except UserError as err:
-                report.error = (err.got, err.expected, err.fix)
+                report.error = err
                 break
             report.valid[i] = found.valid
             packed[i] = pack(found, self.k)
@@ -291,12 +290,11 @@ def _hand_over(future: "Future[TokenScores]", task: "asyncio.Task[TokenScores]")
         future.set_result(task.result())
 
 
-def _share_error(mine: UserError | None) -> None:
-    """Every rank raises what one of them met."""
-    error = None if mine is None else (mine.got, mine.expected, mine.fix)
-    for other in gather_objects(error):
-        if other is not None:
-            raise UserError(other[0], expected=other[1], fix=other[2])
+def _raise_first(errors: Iterable[UserError | None]) -> None:
+    """What one rank met, on every rank."""
+    for error in errors:
+        if error is not None:
+            raise error
 
 
 def _metrics(reports: Sequence[_Report]) -> dict[str, float]:

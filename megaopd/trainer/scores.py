@@ -9,6 +9,7 @@ from typing import Any
 
 from megaopd.data.types import Sample
 from megaopd.losses import ListedTeacher
+from megaopd.losses.remote import ABSENT
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class RemoteScores:
         if self.packed is None:
             return None
         table = torch.zeros(length, len(which), 1 + self.k)
-        ids = torch.full((length, len(which), self.k), -1, dtype=torch.int32)
+        ids = torch.full((length, len(which), self.k), ABSENT, dtype=torch.int32)
         for column, index in enumerate(which):
             if index in self.packed:
                 rows, packed = _rows(samples[index]), self.packed[index]
@@ -72,7 +73,7 @@ def pack(scores: Any, k: int) -> Any:
     packed = np.full((len(scores.log_q), 1 + 2 * k), np.nan, np.float32)
     packed[:, 0] = scores.log_q
     if k:
-        ids = np.full((len(scores.log_q), k), -1, np.int32)
+        ids = np.full((len(scores.log_q), k), ABSENT, np.int32)
         if scores.ids is not None:
             width = scores.ids.shape[1]
             ids[:, :width] = scores.ids

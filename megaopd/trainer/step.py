@@ -188,10 +188,14 @@ def _metrics(
     if micro.has_rollout_log_probs and objective.passes_labels and objective.temperature == 1.0:
         metrics["rollout_log_prob_diff"] = means["rollout_abs_diff"]
         metrics["rollout_k3"] = means["rollout_k3"]
-        squares = means["rollout_ratio_squared"]
-        metrics["rollout_ess"] = means["rollout_ratio"] ** 2 / squares if squares else 0.0
+        metrics["rollout_ess"] = _ess(totals, "rollout_ratio")
     if totals["counted"]:
-        squares = tokens * totals["weight_squared"]
-        metrics["tis/ess"] = totals["weight"] ** 2 / squares if squares else 0.0
+        metrics["tis/ess"] = _ess(totals, "weight")
         metrics["tis/clip_fraction"] = totals["outside"] / totals["counted"]
     return metrics
+
+
+def _ess(totals: dict[str, float], name: str) -> float:
+    """(sum w)^2 / (tokens sum w^2) of the weights `name`: losses/importance.py's, of all ranks."""
+    squares = totals["tokens"] * totals[f"{name}_squared"]
+    return totals[name] ** 2 / squares if squares else 0.0

@@ -11,9 +11,10 @@ import time
 import psutil
 import pytest
 
+from megaopd.launch import port_is_free
 from megaopd.rollout.command import Command
 from megaopd.rollout.guard import cores_of
-from megaopd.rollout.process import ServerProcess, free_port, log_error, log_tail, port_is_free
+from megaopd.rollout.process import ServerProcess, free_port, log_error, log_tail
 
 # Says where it runs, has a child that has a child, and waits.
 WAITS = """

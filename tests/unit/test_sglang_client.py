@@ -12,7 +12,7 @@ from aiohttp import web
 
 from megaopd.data.types import Prompt, Sample, Span
 from megaopd.errors import UserError
-from megaopd.rollout import dispatch
+from megaopd.rollout import dispatch, http
 from megaopd.rollout.base import NeedsWeights, Request, SamplingParams
 from megaopd.rollout.config import ServerConfig
 from megaopd.rollout.dispatch import Dispatcher
@@ -217,7 +217,7 @@ class Rig:
 
 @pytest.fixture
 def make_rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Rig]]:
-    monkeypatch.setattr(dispatch, "BACKOFF_S", 0.02)
+    monkeypatch.setattr(http, "BACKOFF_S", 0.02)
     monkeypatch.setattr(dispatch, "ABORT_AGAIN_S", 0.05)
     monkeypatch.setattr(dispatch, "ABORT_GRACE_S", 0.5)
     rigs: list[Rig] = []
@@ -565,7 +565,7 @@ class TestAbort:
         self, make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
     ):
         rig = make_rig()
-        monkeypatch.setattr(dispatch, "BACKOFF_S", 1.0)
+        monkeypatch.setattr(http, "BACKOFF_S", 1.0)
         rig.servers[0].script = [error_500]
         session = rig.session()
         session.submit(request(), PARAMS)

@@ -27,7 +27,8 @@ TASKS: dict[str, Callable[[str], Task]] = {
     "reasoning_gym": lambda name: ReasoningGymTask(name.removeprefix(":")),
 }
 
-__all__ = ["TASKS", "Example", "Split", "Task", "get_environment", "get_task", "score"]
+__all__ = ["TASKS", "Example", "Split", "Task"]
+__all__ += ["environment_task", "get_environment", "get_task", "score"]
 
 
 @functools.cache
@@ -59,7 +60,13 @@ def score(prompt: Prompt, response: str) -> float | None:
     return get_task(prompt.task).verify(response, prompt.answer, prompt.meta)
 
 
+def environment_task(name: str) -> EnvironmentTask | None:
+    """The task of that name if its prompts begin episodes; None for others, and for ""."""
+    task = get_task(name) if name else None
+    return task if isinstance(task, EnvironmentTask) else None
+
+
 def get_environment(prompt: Prompt) -> Environment | None:
     """A new environment for an episode that begins with `prompt`; None: its task takes one turn."""
-    task = get_task(prompt.task) if prompt.task else None
-    return task.environment(prompt) if isinstance(task, EnvironmentTask) else None
+    task = environment_task(prompt.task)
+    return None if task is None else task.environment(prompt)
