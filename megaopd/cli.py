@@ -142,7 +142,7 @@ def _in_ranks(arguments: argparse.Namespace, config: Any, here: Any) -> int:
 
 def _convert(arguments: argparse.Namespace) -> int:
     from megaopd.launch import run_ranks, under_torchrun
-    from megaopd.models.build import architecture, check_layout, read_hf_config
+    from megaopd.models.arch import architecture, check_layout, read_hf_config
     from megaopd.models.config import ModelConfig
     from megaopd.models.sharded import read_manifest
     from megaopd.models.weights import check_new_dir, hf_dtype

@@ -23,11 +23,14 @@ class ParallelConfig:
 
     tensor: int = 1  # tensor parallel size: attention heads, MLP and vocabulary are split
     pipeline: int = 1  # pipeline parallel size: layers are split
+    virtual: int = 1  # interleaved pipeline: model chunks of every stage
+    context: int = 1  # context parallel size: every sequence is split
+    expert: int = 1  # expert parallel size: experts are split over data and context parallel ranks
     sequence: bool = False  # sequence parallel: norms and residuals are split over the tensor ranks
     timeout_minutes: int = 30  # a collective that waits longer than this ends the run
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "timeout_minutes"):
+        for name in ("tensor", "pipeline", "virtual", "context", "expert", "timeout_minutes"):
             if getattr(self, name) < 1:
                 raise UserError(
                     f"parallel.{name} = {getattr(self, name)}", expected="an integer of at least 1"
@@ -38,11 +41,17 @@ class ParallelConfig:
                 expected="sequence parallel splits over tensor ranks, of which there is one",
                 fix="set parallel.tensor=2 or more, or parallel.sequence=false",
             )
+        if self.virtual > 1 and self.pipeline == 1:
+            raise UserError(
+                f"parallel.virtual = {self.virtual} with parallel.pipeline = 1",
+                expected="an interleaved schedule needs several pipeline stages",
+                fix="set parallel.pipeline=2 or more, or parallel.virtual=1",
+            )
 
     @property
     def model_parallel(self) -> int:
-        """Ranks that hold one copy of the model."""
-        return self.tensor * self.pipeline
+        """Ranks that work on one sequence: one copy of the model, times context parallel."""
+        return self.tensor * self.pipeline * self.context
 
 
 @dataclass(frozen=True)
@@ -53,8 +62,10 @@ class Grid:
     groups: Any  # megatron.core.process_groups_config.ProcessGroupCollection
     tp_rank: int
     pp_rank: int
-    dp_rank: int
+    dp_rank: int  # without context parallel: which samples are this rank's
     dp_size: int
+    cp_rank: int
+    ep_rank: int
     rank: int
     world_size: int
 
@@ -65,6 +76,14 @@ class Grid:
     @property
     def pp_size(self) -> int:
         return self.config.pipeline
+
+    @property
+    def cp_size(self) -> int:
+        return self.config.context
+
+    @property
+    def ep_size(self) -> int:
+        return self.config.expert
 
     @property
     def is_first_stage(self) -> bool:
@@ -127,15 +146,25 @@ def make_grid(config: ParallelConfig, *, seed: int = 1234) -> Grid:
     world = dist.get_world_size()
     if world % config.model_parallel:
         raise UserError(
-            f"world size {world} with tensor={config.tensor} x pipeline={config.pipeline}",
+            f"world size {world} with tensor={config.tensor} x pipeline={config.pipeline} x "
+            f"context={config.context}",
             expected=f"a multiple of {config.model_parallel} ranks",
             fix=f"start {config.model_parallel} (or a multiple) ranks, or change [parallel]",
+        )
+    if (world // (config.tensor * config.pipeline)) % config.expert:
+        raise UserError(
+            f"world size {world} with expert={config.expert}",
+            expected="experts are split over the ranks of one tensor and pipeline position",
+            fix=f"use an expert size that divides {world // (config.tensor * config.pipeline)}",
         )
     if mpu.model_parallel_is_initialized():
         mpu.destroy_model_parallel()
     mpu.initialize_model_parallel(
         config.tensor,
         config.pipeline,
+        config.virtual if config.virtual > 1 else None,
+        context_parallel_size=config.context,
+        expert_model_parallel_size=config.expert,
         create_gloo_process_groups=platform.has_gpu(),
         distributed_timeout_minutes=config.timeout_minutes,
     )
@@ -147,6 +176,8 @@ def make_grid(config: ParallelConfig, *, seed: int = 1234) -> Grid:
         pp_rank=mpu.get_pipeline_model_parallel_rank(),
         dp_rank=mpu.get_data_parallel_rank(),
         dp_size=mpu.get_data_parallel_world_size(),
+        cp_rank=mpu.get_context_parallel_rank(),
+        ep_rank=mpu.get_expert_model_parallel_rank(),
         rank=dist.get_rank(),
         world_size=world,
     )

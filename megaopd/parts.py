@@ -18,7 +18,7 @@ from megaopd.data.tokenizer import check_same_tokenizer, load_tokenizer
 from megaopd.data.types import Prompt, Sample
 from megaopd.errors import UserError
 from megaopd.inputs import check_run_dir, eos_ids, held_out, pad_id, response_text, reward_of
-from megaopd.models.build import architecture, check_layout, padded_vocab, read_hf_config
+from megaopd.models.arch import architecture, check_layout, padded_vocab, read_hf_config
 from megaopd.objectives.alarms import new_alarms
 from megaopd.parallel import Grid, make_grid
 from megaopd.report.metrics import MetricLogger, read_metrics

@@ -158,7 +158,8 @@ class Student:
     """This rank's part of the model."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        from megaopd.models.build import architecture, build_model, read_hf_config
+        from megaopd.models.arch import architecture, read_hf_config
+        from megaopd.models.build import build_model
         from megaopd.models.config import ModelConfig
         from megaopd.models.weights import load_hf_weights
         from megaopd.parallel import ParallelConfig, make_grid

@@ -10,7 +10,8 @@ from typing import Any
 
 from megaopd import platform
 from megaopd.errors import UserError
-from megaopd.models.build import architecture, build_model, read_hf_config
+from megaopd.models.arch import architecture, read_hf_config
+from megaopd.models.build import build_model
 from megaopd.models.config import ModelConfig
 from megaopd.models.sharded import load_sharded, read_manifest, save_sharded, verify
 from megaopd.models.weights import WeightStream, check_new_dir, export_hf, load_hf_weights

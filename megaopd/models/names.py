@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megaopd.models.build import Architecture
+from megaopd.models.arch import Architecture
 
 # read(name, dim, start, stop, length) -> that slice of the Hugging Face tensor, whose dimension
 # `dim` must have that length; dim None: all of the tensor.

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megaopd.models.build import Architecture
+from megaopd.models.arch import Architecture
 from megaopd.models.names import Entry, Replicated, Rule, Split, entries
 from megaopd.parallel import Grid
 

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from megaopd.errors import UserError
-from megaopd.models.build import Architecture
+from megaopd.models.arch import Architecture
 from megaopd.models.names import Entry, entries, expected_names
 from megaopd.models.stream import WeightStream as WeightStream
 from megaopd.models.stream import exhaust

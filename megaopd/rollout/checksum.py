@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
-from megaopd.models.build import Architecture
+from megaopd.models.arch import Architecture
 
 VOCAB_MULTIPLE = 64  # SGLang pads the vocabulary to a multiple of this
 # part of a name -> (the fused parameter's part, place in it)

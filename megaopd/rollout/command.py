@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megaopd.errors import UserError
-from megaopd.models.build import read_hf_config
+from megaopd.models.arch import read_hf_config
 from megaopd.rollout.config import ServerConfig
 from megaopd.rollout.guard import cores_of
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megaopd.errors import UserError
-from megaopd.models.build import architecture, read_hf_config
+from megaopd.models.arch import architecture, read_hf_config
 from megaopd.models.names import expected_names
 from megaopd.models.weights import HfReader
 from megaopd.rollout import fp8

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from megaopd import faults, platform
-from megaopd.models.build import Architecture, build_model, padded_vocab
+from megaopd.models.arch import Architecture, padded_vocab
+from megaopd.models.build import build_model
 from megaopd.models.config import ModelConfig
 from megaopd.models.convert import load_weights
 from megaopd.models.weights import WeightStream

@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 from megaopd import platform
-from megaopd.models.build import Architecture, build_model
+from megaopd.models.arch import Architecture
+from megaopd.models.build import build_model
 from megaopd.models.config import ModelConfig
 from megaopd.models.convert import load_weights
 from megaopd.parallel import Grid

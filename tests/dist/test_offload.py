@@ -19,7 +19,7 @@ def checkpoints(tmp_path_factory):
 
 def run(paths, layout, dtype, taking_turns):
     """[(loss, grad_norm)], bytes that were away in each phase, and bytes of the parameters."""
-    from megaopd.models.build import architecture, padded_vocab, read_hf_config
+    from megaopd.models.arch import architecture, padded_vocab, read_hf_config
     from megaopd.models.config import ModelConfig
     from megaopd.objectives.spec import ObjectiveConfig
     from megaopd.parallel import ParallelConfig, make_grid

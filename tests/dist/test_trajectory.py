@@ -57,7 +57,7 @@ def trajectory(paths, layout, fault="", steps=STEPS, **values):
 
     values: of the objective. The numbers after the first two are its list and importance metrics.
     """
-    from megaopd.models.build import architecture, padded_vocab, read_hf_config
+    from megaopd.models.arch import architecture, padded_vocab, read_hf_config
     from megaopd.models.config import ModelConfig
     from megaopd.objectives.spec import ObjectiveConfig
     from megaopd.parallel import ParallelConfig, make_grid
@@ -67,7 +67,7 @@ def trajectory(paths, layout, fault="", steps=STEPS, **values):
     from megaopd.trainer.teacher import Teacher
 
     _, tensor, pipeline, sequence, distributed = layout
-    grid = make_grid(ParallelConfig(tensor, pipeline, sequence))
+    grid = make_grid(ParallelConfig(tensor, pipeline, sequence=sequence))
     undo = plant(fault, grid)
     student_path, teacher_path = paths
     arch = architecture(read_hf_config(student_path))

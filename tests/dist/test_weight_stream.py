@@ -26,7 +26,8 @@ def wide(tmp_path_factory):
 
 def student(path, tensor, pipeline):
     """(model, architecture, grid) with the weights of a checkpoint."""
-    from megaopd.models.build import architecture, build_model, read_hf_config
+    from megaopd.models.arch import architecture, read_hf_config
+    from megaopd.models.build import build_model
     from megaopd.models.config import ModelConfig
     from megaopd.models.weights import load_hf_weights
     from megaopd.parallel import ParallelConfig, make_grid

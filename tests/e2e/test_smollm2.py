@@ -25,7 +25,8 @@ def continuations(megatron, tensor, pipeline, prompts):
     """Per prompt the first forward's logits and a greedy continuation, on the last stage."""
     import torch.distributed as dist
 
-    from megaopd.models.build import architecture, build_model, read_hf_config
+    from megaopd.models.arch import architecture, read_hf_config
+    from megaopd.models.build import build_model
     from megaopd.models.config import ModelConfig
     from megaopd.models.convert import load_weights
     from megaopd.parallel import ParallelConfig, make_grid

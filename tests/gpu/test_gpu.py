@@ -88,7 +88,8 @@ def test_transformer_engine_layers(grid, tmp_path, dtype, tied):
 def check_layers(grid, root, dtype, tied):
     import transformers
 
-    from megaopd.models.build import architecture, build_model, read_hf_config
+    from megaopd.models.arch import architecture, read_hf_config
+    from megaopd.models.build import build_model
     from megaopd.models.config import ModelConfig
     from megaopd.models.weights import WeightStream, load_hf_weights
 
@@ -183,7 +184,7 @@ def test_three_steps_with_a_teacher(grid, tmp_path, dtype):
 
 def three_steps(grid, root, dtype):
     """Losses and gradient norms of three updates on the same samples."""
-    from megaopd.models.build import architecture, padded_vocab, read_hf_config
+    from megaopd.models.arch import architecture, padded_vocab, read_hf_config
     from megaopd.models.config import ModelConfig
     from megaopd.objectives.spec import ObjectiveConfig
     from megaopd.trainer.batch import make_micro_batches

@@ -93,7 +93,7 @@ def train(
     count: int,
 ) -> list[dict[str, float]]:
     """The metrics of each step; url "": with the teacher beside the student."""
-    from megaopd.models.build import architecture, padded_vocab, read_hf_config
+    from megaopd.models.arch import architecture, padded_vocab, read_hf_config
     from megaopd.models.config import ModelConfig
     from megaopd.objectives.spec import ObjectiveConfig
     from megaopd.parallel import ParallelConfig, make_grid
@@ -104,7 +104,7 @@ def train(
     from megaopd.trainer.teacher import Teacher
 
     _, tensor, pipeline, sequence = layout
-    grid = make_grid(ParallelConfig(tensor, pipeline, sequence))
+    grid = make_grid(ParallelConfig(tensor, pipeline, sequence=sequence))
     arch = architecture(read_hf_config(paths[0]))
     optim = OptimConfig(lr=1e-2, clip_grad=0.5, eps=1e-5)
     objective = ObjectiveConfig(chunk_size=7, **values)
@@ -210,7 +210,7 @@ def unreachable(url: str) -> str:
     from megaopd.trainer.config import RemoteTeacherConfig
     from megaopd.trainer.remote_teacher import RemoteTeacher
 
-    grid = make_grid(ParallelConfig(2, 1, False))
+    grid = make_grid(ParallelConfig(2))
     try:
         RemoteTeacher(RemoteTeacherConfig(addresses=(url,)), ObjectiveConfig(loss="k2"), grid)
     except UserError as err:
@@ -227,7 +227,7 @@ def too_long(url: str) -> str:
     from megaopd.trainer.config import RemoteTeacherConfig
     from megaopd.trainer.remote_teacher import RemoteTeacher
 
-    grid = make_grid(ParallelConfig(1, 1, False))
+    grid = make_grid(ParallelConfig())
     teacher = RemoteTeacher(RemoteTeacherConfig(addresses=(url,)), ObjectiveConfig(loss="k2"), grid)
     made = samples(0, count=4)
     made[3] = replace(made[3], response_ids=(5,) * 80, log_probs=(-1.0,) * 80)

@@ -316,7 +316,8 @@ def test_tables_are_put_back_at_their_positions():
 
 
 def grid(tp=1, dp_rank=0, dp_size=1, sequence=False):
-    return Grid(ParallelConfig(tp, 1, sequence), None, 0, 0, dp_rank, dp_size, 0, 1)
+    config = ParallelConfig(tp, sequence=sequence)
+    return Grid(config, None, 0, 0, dp_rank, dp_size, 0, 0, 0, 1)
 
 
 def sample(i, prompt, response, **more):

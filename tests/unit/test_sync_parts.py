@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megaopd.errors import UserError
-from megaopd.models.build import architecture, read_hf_config
+from megaopd.models.arch import architecture, read_hf_config
 from megaopd.rollout import encode, fp8
 from megaopd.rollout.checksum import Checksums, tile_hash
 from megaopd.rollout.group import WeightGroup
