@@ -80,7 +80,7 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
         teacher = Teacher(config.teacher, teacher_arch, grid, vocab_rows=rows)
     remote = None
     if config.remote_teacher.addresses:
-        remote = RemoteTeacher(config.remote_teacher, config.objective, grid)
+        remote = RemoteTeacher(config.remote_teacher, config.objective, grid, tokenizer=tokenizer)
     parts = Parts(
         config=config,
         grid=grid,
@@ -202,7 +202,8 @@ class Parts:
                 resume_step=step,
             )
             self.history = read_metrics(directory)
-            for text in config.warnings:
+            unchecked = self.remote.unchecked if self.remote is not None else ""
+            for text in filter(None, (*config.warnings, unchecked)):
                 self.warn("warning", text)
         self.started = time.monotonic()
 
