@@ -62,6 +62,17 @@ def held_out(config: Config, tokenizer: Any) -> list[Prompt]:
     return fixed_set(data, tokenizer, config.eval.prompts)
 
 
+def control_set(config: Config, tokenizer: Any) -> list[Prompt]:
+    """Prompts of eval.control, as many as held-out ones; [] without one."""
+    source = config.eval.control
+    if not source:
+        return []
+    data = replace(config.data, source=source, seed=config.eval.seed, num_prompts=0)
+    if source.startswith("task:"):
+        data = replace(data, split="test")
+    return fixed_set(data, tokenizer, config.eval.prompts)
+
+
 def check_run_dir(config: Config, *, has_checkpoints: bool) -> None:
     """Refuse to go on with another run's checkpoints.
 

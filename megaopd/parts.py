@@ -337,11 +337,15 @@ class Parts:
         if self.teacher is not None or self.remote is not None:
             sampled = self.sampler.generate(self.held_out, -2, 1, params)
             self.sampler.take_turn()
-            scored = self.student.score(self.micro_batches(sampled), self.teacher)
-            result |= {name: scored[name] for name in EVALUATED if name in scored}
+            result |= self.score_samples(sampled)
         self.sampler.take_turn()
         self._save_samples(greedy)
         return result
+
+    def score_samples(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """What of the objective an evaluation reports, on these."""
+        scored = self.student.score(self.micro_batches(samples), self.teacher)
+        return {name: scored[name] for name in EVALUATED if name in scored}
 
     def _save_samples(self, samples: Sequence[Sample], count: int = 20) -> None:
         if not self.is_main or not self.training:

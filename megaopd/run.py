@@ -6,7 +6,7 @@ the data's answers in place of the student's samples.
 
 from typing import Any
 
-from megaopd import faults
+from megaopd import evaluation, faults
 from megaopd.parts import Parts, build_parts
 from megaopd.report.progress import progress
 from megaopd.schema import Config
@@ -50,11 +50,7 @@ def one_step(parts: Parts, step: int) -> None:
     parts.checkpoint(step + 1)
 
 
-def evaluate(config: Config) -> dict[str, float]:
-    """Evaluate config.student on the held-out prompts, printing and returning the figures."""
+def evaluate(config: Config) -> None:
+    """Evaluate config.student on the held-out prompts (evaluation.py): a table and evaluation.json."""
     with build_parts(config, training=False) as parts:
-        result = parts.evaluate(step=0)
-        if parts.is_main:
-            for name, value in result.items():
-                print(f"{name:>16} {value:.4f}")
-        return result
+        evaluation.write(evaluation.evaluate(parts), parts)

@@ -51,11 +51,21 @@ class EvalConfig:
     source: str = ""  # like data.source; empty: the test split of data.source
     stop_at: float = 0.0  # end the run once greedy accuracy reaches this; 0: never
     seed: int = 0  # of the held-out prompts: they stay the same while data.seed changes
+    samples: int = 1  # responses a prompt that `megaopd eval` samples; 0: greedy ones only
+    pass_k: tuple[int, ...] = (1,)  # the k of its pass@k, each at most eval.samples
+    control: str = ""  # like data.source: prompts of something that must not be forgotten
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.prompts < 0:
             raise UserError(
                 f"eval.every = {self.every}, eval.prompts = {self.prompts}", expected="0 or more"
+            )
+        bad = [k for k in self.pass_k if not 1 <= k <= max(self.samples, 1)]
+        if bad or self.samples < 0:
+            raise UserError(
+                f"eval.pass_k = {list(self.pass_k)} with eval.samples = {self.samples}",
+                expected="each k from 1 to eval.samples",
+                fix=f"set eval.samples={max([*bad, 1])} or more",
             )
 
 
