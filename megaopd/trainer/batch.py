@@ -29,6 +29,7 @@ class MicroBatch:
     mask_T: Any  # [T] bool
     rollout_log_probs_T: Any  # [T] float32, 0 where the rollout gave none
     has_rollout_log_probs: bool
+    packed_seq_params: Any = None  # megatron's cu_seqlens of a packed row; None: padded rows
     payload: str = "hidden"  # what of the teacher reaches the loss (objectives.validate.PAYLOADS)
     remote: ListedTeacher | None = None  # [T] rows of a teacher on servers; on the last stage
     # Made before the update where the objective asks for it (importance.py), on the last stage.

@@ -11,7 +11,7 @@ from megaopd.data.types import Prompt, Sample
 from megaopd.losses import fused_linear_log_prob
 from megaopd.parallel import Grid, sum_from_last_stage
 from megaopd.trainer.batch import MicroBatch, make_micro_batches
-from megaopd.trainer.step import run_schedule
+from megaopd.trainer.step import forward_micro_batch, run_schedule
 
 
 def token_log_probs(
@@ -31,7 +31,7 @@ def token_log_probs(
 
     def forward_step(iterator: Iterator[MicroBatch], stage: Any) -> tuple[Any, Any]:
         micro = next(iterator)
-        return stage(micro.tokens, micro.position_ids, None), partial(log_prob, micro)
+        return forward_micro_batch(stage, micro), partial(log_prob, micro)
 
     def log_prob(micro: MicroBatch, hidden: Any, non_loss_data: bool = True) -> Any:
         return fused_linear_log_prob(

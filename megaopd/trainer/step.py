@@ -64,6 +64,15 @@ def run_schedule(
     )
 
 
+def forward_micro_batch(stage: Any, micro: MicroBatch) -> Any:
+    """One pipeline stage on one micro-batch: whatever a forward pass needs is in the micro-batch.
+
+    Returns:
+        The stage's hidden states, [S(/CP)(/TP), B, H].
+    """
+    return stage(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params)
+
+
 def objective_pass(
     model: Any,
     output_weight: Any,
@@ -97,8 +106,7 @@ def objective_pass(
         micro, hidden_t = next(iterator)
         if not forward_only:
             faults.point("forward")
-        output = stage(micro.tokens, micro.position_ids, None)
-        return output, partial(loss_func, micro, hidden_t)
+        return forward_micro_batch(stage, micro), partial(loss_func, micro, hidden_t)
 
     def loss_func(micro: MicroBatch, hidden_t: Any, hidden: Any) -> tuple[Any, Any, Any]:
         import torch

@@ -15,7 +15,7 @@ from megaopd.models.config import ModelConfig
 from megaopd.models.convert import load_weights
 from megaopd.parallel import Grid
 from megaopd.trainer.batch import MicroBatch
-from megaopd.trainer.step import run_schedule
+from megaopd.trainer.step import forward_micro_batch, run_schedule
 
 
 class Teacher:
@@ -52,8 +52,7 @@ class Teacher:
 
         def forward_step(iterator: Iterator[MicroBatch], stage: Any) -> tuple[Any, Any]:
             micro = next(iterator)
-            output = stage(micro.tokens, micro.position_ids, None)
-            return output, partial(_select, micro)
+            return forward_micro_batch(stage, micro), partial(_select, micro)
 
         with torch.no_grad():
             kept = run_schedule(
