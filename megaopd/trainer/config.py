@@ -40,12 +40,26 @@ class TrainerConfig:
     """The batch of one optimizer step."""
 
     micro_batch_size: int = 1  # sequences of one forward pass on one data-parallel rank
+    # Pack samples of any length into rows of that many tokens, one row a forward pass; 0: pad each
+    # to the longest of the step.
+    micro_batch_tokens: int = 0
     max_sequence: int = 0  # longest prompt + response; 0: no limit
 
     def __post_init__(self) -> None:
         if self.micro_batch_size < 1:
             raise UserError(
                 f"trainer.micro_batch_size = {self.micro_batch_size}", expected="at least 1"
+            )
+        if self.micro_batch_tokens < 0:
+            raise UserError(
+                f"trainer.micro_batch_tokens = {self.micro_batch_tokens}", expected="0 or more"
+            )
+        if self.micro_batch_tokens and self.micro_batch_size > 1:
+            raise UserError(
+                f"trainer.micro_batch_tokens = {self.micro_batch_tokens} with "
+                f"trainer.micro_batch_size = {self.micro_batch_size}",
+                expected="one of them: a packed row holds as many samples as it has room for",
+                fix="leave trainer.micro_batch_size at 1",
             )
 
 

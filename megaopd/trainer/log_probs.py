@@ -66,9 +66,10 @@ def sequence_log_probs(
         pad_id=token_ids[0],
         loss_agg="token-mean",
     )
-    micro = micro_batches[0]
-    made = token_log_probs(model, output_weight, grid, micro_batches, vocab=vocab)[0]
-    found = torch.zeros(len(token_ids) - 1, dtype=torch.float64, device=micro.tokens.device)
-    if made is not None:
-        found += made[micro.mask_T].double()
+    made = token_log_probs(model, output_weight, grid, micro_batches, vocab=vocab)
+    device = micro_batches[0].tokens.device
+    found = torch.zeros(len(token_ids) - 1, dtype=torch.float64, device=device)
+    for micro, log_probs in zip(micro_batches, made, strict=True):
+        if log_probs is not None:  # micro-batches hold one sample each; the fill-up ones no token
+            found[micro.slot_T[micro.mask_T]] += log_probs[micro.mask_T].double()
     return tuple((sum_from_last_stage(found, grid) / grid.dp_size).tolist())
