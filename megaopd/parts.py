@@ -132,14 +132,13 @@ def _sampler(
         run_dir=Path(config.run.dir),
         grid=grid,
     )
-    limit = config.trainer.max_sequence or student.arch.max_positions
     engine = AgentEngine(
         inner,
         tokenizer,
         config.agent,
         template=config.data.template,
         vocab=student.vocab,
-        max_positions=min(student.arch.max_positions, limit),
+        max_positions=config.trainer.longest(student.arch.max_positions),
     )
     if environment_task(config.data.task or ""):
         _ = engine.turns  # a chat template that cannot separate turns is refused now

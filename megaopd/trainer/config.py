@@ -62,6 +62,11 @@ class TrainerConfig:
                 fix="leave trainer.micro_batch_size at 1",
             )
 
+    def longest(self, positions: int) -> int:
+        """Tokens that a sample of a model with that many positions may have."""
+        limits = (positions, self.max_sequence, self.micro_batch_tokens)
+        return min(limit for limit in limits if limit)
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:

@@ -1,8 +1,8 @@
 """The training trajectory is the same under every layout, and a planted fault is noticed.
 
-Losses alone would not tell: a wrong gradient shows in the gradient norm at once and in the loss a step
-later. Clipping is active, micro-batches hold unequal numbers of tokens, teacher and student differ in
-width and depth.
+Losses alone would not tell: a wrong gradient shows in the gradient norm at once and in the loss a
+step later. Clipping is active, micro-batches hold unequal numbers of tokens, teacher and student
+differ in width and depth.
 """
 
 import pytest
@@ -41,6 +41,10 @@ def test_same_trajectory_under_every_layout(ranks, checkpoints, reference, name,
     assert loss <= 2e-6 and norm <= 1e-5 and size <= 1e-5, (loss, norm, size)
 
 
+OBJECTIVE_LAYOUTS = ["tp2-pp2-sp-zero1", "packed-cp2-tp2-sp", "packed-pp2-vpp2-dp2"]
+
+
+@pytest.mark.parametrize("name", OBJECTIVE_LAYOUTS)
 @pytest.mark.parametrize(
     "values",
     [
@@ -49,11 +53,12 @@ def test_same_trajectory_under_every_layout(ranks, checkpoints, reference, name,
         {"loss_agg": "seq-mean-token-mean"},
         {"support": "student_topk", "k": 8, "entropy_coef": 0.1},
         {"loss": "k2", "stats_k": 8, "tis": "mask"},
+        {"loss": "k2", "tis": "seq", "loss_agg": "seq-mean-token-mean"},
     ],
     ids=str,
 )
-def test_same_trajectory_of_other_objectives(ranks, checkpoints, reference, values):
-    layout = LAYOUTS["tp2-pp2-sp-zero1"]
+def test_same_trajectory_of_other_objectives(ranks, checkpoints, reference, values, name):
+    layout = LAYOUTS[name]
     per_rank = ranks.run(trajectory, 4, checkpoints[True], layout, **values)
     assert all(r[0] == per_rank[0][0] for r in per_rank), "ranks report different metrics"
     single = reference(True, **values)
@@ -62,9 +67,10 @@ def test_same_trajectory_of_other_objectives(ranks, checkpoints, reference, valu
     loose = 20 if "tis" in values else 1
     assert found[0] <= 2e-6 * loose and found[1] <= 1e-5 * loose and found[2] <= 1e-5, found
     more = [[step[2:] for step in curve] for curve, _ in (single, per_rank[0])]
-    assert len(more[0][0]) == (5 if "k" in values else 7 if "tis" in values else 0)
+    lists = 5 if {"k", "stats_k"} & values.keys() else 0
+    assert len(more[0][0]) == lists + (2 if "tis" in values else 0)
     assert more[0] == [pytest.approx(step, rel=1e-5 * loose) for step in more[1]]
-    if "tis" in values:
+    if values.get("tis") == "mask":
         assert all(0.1 < clipped < 0.9 for *_, clipped in more[0]), "nothing is dropped"
 
 
@@ -74,11 +80,17 @@ def test_same_trajectory_of_other_objectives(ranks, checkpoints, reference, valu
         ("sequence-parallel norm", "tp2-sp"),
         ("tied embedding", "pp2"),
         ("data-parallel scale", "dp2-zero1"),
+        ("data-parallel scale", "cp2"),
+        ("key gradients not summed", "cp2"),
+        ("positions not zigzag", "cp2"),
+        ("positions not zigzag", "packed-cp2"),
+        ("packed sequences see each other", "packed"),
+        ("every chunk the first", "pp2-vpp2"),
     ],
 )
 def test_a_planted_fault_is_noticed(ranks, checkpoints, reference, fault, name):
     layout = LAYOUTS[name]
-    per_rank = ranks.run(trajectory, layout[0], checkpoints[True], layout, fault=fault)
+    per_rank = ranks.run(trajectory, layout.world, checkpoints[True], layout, fault=fault)
     _, norm, _ = differences(reference(True), per_rank[0])
     print(f"{fault}: gradient norm off by {norm:.1e}")
     assert norm > 1e-3, f"{fault}: gradient norm off by {norm} only"
