@@ -27,7 +27,7 @@ from megaopd.rollout.engines import make_engine
 from megaopd.rollout.episode import episode_metrics
 from megaopd.sampler import Sampler
 from megaopd.schema import Config
-from megaopd.trainer.batch import MicroBatch, make_micro_batches
+from megaopd.trainer.batch import MicroBatch, make_micro_batches, plan_step, shares_of
 from megaopd.trainer.checkpoint import Checkpoints
 from megaopd.trainer.remote_teacher import RemoteTeacher
 from megaopd.trainer.student import Student
@@ -132,14 +132,13 @@ def _sampler(
         run_dir=Path(config.run.dir),
         grid=grid,
     )
-    limit = config.trainer.max_sequence or student.arch.max_positions
     engine = AgentEngine(
         inner,
         tokenizer,
         config.agent,
         template=config.data.template,
         vocab=student.vocab,
-        max_positions=min(student.arch.max_positions, limit),
+        max_positions=config.trainer.longest(student.arch.max_positions),
     )
     if environment_task(config.data.task or ""):
         _ = engine.turns  # a chat template that cannot separate turns is refused now
@@ -266,14 +265,16 @@ class Parts:
 
     def micro_batches(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         trainer, scores = self.config.trainer, None
+        cut: Any = {"grid": self.grid, "micro_batch_size": trainer.micro_batch_size}
+        cut["micro_batch_tokens"] = trainer.micro_batch_tokens
         if self.remote is not None:
             with self.timed("score"):
-                scores = self.remote.score(samples, micro_batch_size=trainer.micro_batch_size)
+                shares = shares_of(plan_step(samples, **cut), len(samples))
+                scores = self.remote.score(samples, shares)
             self.score_metrics = scores.metrics
         return make_micro_batches(
             samples,
-            grid=self.grid,
-            micro_batch_size=trainer.micro_batch_size,
+            **cut,
             pad_id=pad_id(self.tokenizer),
             loss_agg=self.config.objective.loss_agg,
             max_sequence=trainer.max_sequence,

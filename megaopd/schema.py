@@ -119,6 +119,15 @@ class Config:
                 expected="a constant length to divide by",
                 fix="set trainer.max_sequence",
             )
+        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        if self.on_policy and 0 < self.trainer.micro_batch_tokens < longest:
+            raise UserError(
+                f"trainer.micro_batch_tokens = {self.trainer.micro_batch_tokens} with "
+                f"data.max_prompt_tokens = {self.data.max_prompt_tokens} and "
+                f"rollout.max_new_tokens = {self.rollout.max_new_tokens}",
+                expected=f"room for the longest sample, {longest} tokens",
+                fix=f"set trainer.micro_batch_tokens={longest} or more, or lower the other two",
+            )
         if self.optim.warmup_steps > self.run.steps:
             raise UserError(
                 f"optim.warmup_steps = {self.optim.warmup_steps} of {self.run.steps} run.steps",

@@ -12,6 +12,7 @@ from megaopd import platform
 from megaopd.errors import UserError
 from megaopd.models.arch import architecture, read_hf_config
 from megaopd.models.build import build_model
+from megaopd.models.chunks import as_chunks, load_chunks, sharded_chunks
 from megaopd.models.config import ModelConfig
 from megaopd.models.sharded import load_sharded, read_manifest, save_sharded, verify
 from megaopd.models.weights import WeightStream, check_new_dir, export_hf, load_hf_weights
@@ -22,7 +23,7 @@ from megaopd.report.progress import progress
 def load_weights(
     model: Any, config: ModelConfig, arch: Any, grid: Grid, *, progress: Any = None
 ) -> None:
-    """Fill this rank's stage from config.path, Hugging Face or Megatron; a collective."""
+    """Fill this rank's stage, or list of chunks, from config.path of either kind; a collective."""
     if not config.is_megatron:
         load_hf_weights(model, config.path, arch, grid, progress=progress)
         return
@@ -36,8 +37,8 @@ def load_weights(
             expected="the same dtype",
             fix=f"set dtype={saved}, or convert the Hugging Face checkpoint with --dtype",
         )
-    state = load_sharded({"model": model.sharded_state_dict()}, Path(config.path))
-    model.load_state_dict(state["model"])
+    chunks = as_chunks(model)
+    load_chunks(chunks, load_sharded(sharded_chunks(chunks), Path(config.path)))
 
 
 def hf_to_megatron(config: ModelConfig, out: Path, grid: Grid) -> None:

@@ -166,7 +166,8 @@ def entries(model: Any, arch: Architecture) -> Iterator[Entry]:
     """
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-    offset = get_transformer_layer_offset(model.config, pp_rank=model.pg_collection.pp.rank())
+    pp_rank = model.pg_collection.pp.rank()
+    offset = get_transformer_layer_offset(model.config, model.vp_stage, pp_rank)
     for name, parameter in model.named_parameters():
         layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
         if layer:

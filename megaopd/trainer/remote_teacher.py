@@ -32,7 +32,6 @@ from megaopd.parallel import Grid, gather_objects
 from megaopd.rollout.loop import LoopThread
 from megaopd.rollout.score_tables import ABSENT, ScoreRequest, TokenScores
 from megaopd.rollout.scoring import Scorer, ScoringLimits
-from megaopd.trainer.batch import share_of
 from megaopd.trainer.config import RemoteTeacherConfig
 from megaopd.trainer.scores import RemoteScores, pack
 
@@ -87,7 +86,7 @@ class RemoteTeacher:
         self.payload = remote_payload(objective)
         self.k = objective.own_k if self.payload == "topk" else 0
         self.of_student = bool(self.k) and objective.lists_of_student
-        leads = grid.is_last_stage and grid.tp_rank == 0
+        leads = grid.is_last_stage and grid.tp_rank == 0 and grid.cp_rank == 0
         places = gather_objects(grid.dp_rank if leads else None)
         self.leaders = {dp_rank: rank for rank, dp_rank in enumerate(places) if dp_rank is not None}
         self._pending: dict[Key, Future[TokenScores]] = {}
@@ -169,19 +168,17 @@ class RemoteTeacher:
         k = 0 if self.of_student else self.k
         return ScoreRequest(name, prompt, sample.response_ids, k, top_ids)
 
-    def score(self, samples: Sequence[Sample], *, micro_batch_size: int) -> RemoteScores:
+    def score(self, samples: Sequence[Sample], shares: Sequence[Sequence[int]]) -> RemoteScores:
         """Scores of a step's samples, the same list on every rank; a collective.
+
+        Args:
+            shares: which samples each data-parallel rank trains on (trainer.batch.shares_of).
 
         Raises:
             UserError: on every rank: samples without the student's ids where the loss is on them,
                 a sequence that no server takes, or servers that do not answer.
         """
         self._check_top_ids(samples)
-        shares = [
-            share_of(d, len(samples), micro_batch_size=micro_batch_size, grid=self.grid)
-            for d in range(self.grid.dp_size)
-        ]
-        shares = [range(s.start, min(s.stop, len(samples))) for s in shares]
         owners = self._owners(samples, shares)
         mine = [i for i, owner in enumerate(owners) if owner == self.grid.rank]
         report, packed = self._score_mine(samples, mine)
@@ -212,10 +209,11 @@ class RemoteTeacher:
                 "objective.support=teacher_topk",
             )
 
-    def _owners(self, samples: Sequence[Sample], shares: Sequence[range]) -> list[int]:
+    def _owners(self, samples: Sequence[Sample], shares: Sequence[Sequence[int]]) -> list[int]:
         """The rank that scores each sample: who began with it, else the leader of its share."""
         begun = gather_objects([i for i, s in enumerate(samples) if _key(s) in self._pending])
-        owners = [self.leaders[d] for d, share in enumerate(shares) for _ in share]
+        owned = {i: self.leaders[d] for d, share in enumerate(shares) for i in share}
+        owners = [owned[i] for i in range(len(samples))]
         for rank in reversed(range(len(begun))):  # where two began, the lower rank
             for i in begun[rank]:
                 owners[i] = rank
@@ -255,7 +253,7 @@ class RemoteTeacher:
     def _exchange(
         self,
         samples: Sequence[Sample],
-        shares: Sequence[range],
+        shares: Sequence[Sequence[int]],
         owners: Sequence[int],
         packed: dict[int, Any],
     ) -> dict[int, Any] | None:
@@ -277,8 +275,8 @@ class RemoteTeacher:
             return None
         share = list(shares[grid.dp_rank])
         table = self._joined(samples, share, packed)
-        if grid.tp_size > 1:
-            dist.broadcast(table, self.leaders[grid.dp_rank], group=grid.groups.tp)
+        if grid.tp_size * grid.cp_size > 1:
+            dist.broadcast(table, self.leaders[grid.dp_rank], group=grid.groups.tp_cp)
         return self._split(samples, share, table)
 
     def _joined(self, samples: Sequence[Sample], which: Sequence[int], packed: Any) -> Any:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.dist.layouts import samples
 from tests.dist.models import save_tiny
-from tests.dist.test_trajectory import samples
 
 pytest.importorskip("sglang", reason="SGLang is not installed")
 
@@ -97,7 +97,7 @@ def train(
     from megaopd.models.config import ModelConfig
     from megaopd.objectives.spec import ObjectiveConfig
     from megaopd.parallel import ParallelConfig, make_grid
-    from megaopd.trainer.batch import make_micro_batches
+    from megaopd.trainer.batch import make_micro_batches, plan_step, shares_of
     from megaopd.trainer.config import OptimConfig, RemoteTeacherConfig
     from megaopd.trainer.remote_teacher import RemoteTeacher
     from megaopd.trainer.student import Student
@@ -123,7 +123,8 @@ def train(
         if remote is not None:
             if early and grid.rank == 0:
                 remote.submit(made[::2])
-            scores = remote.score(made, micro_batch_size=2)
+            shares = shares_of(plan_step(made, grid=grid, micro_batch_size=2), len(made))
+            scores = remote.score(made, shares)
         batch = make_micro_batches(
             made, grid=grid, micro_batch_size=2, pad_id=0, loss_agg=objective.loss_agg,
             remote=scores,
@@ -232,7 +233,7 @@ def too_long(url: str) -> str:
     made = samples(0, count=4)
     made[3] = replace(made[3], response_ids=(5,) * 80, log_probs=(-1.0,) * 80)
     try:
-        teacher.score(made, micro_batch_size=1)
+        teacher.score(made, [range(len(made))])
     except UserError as err:
         return str(err)
     finally:
