@@ -51,6 +51,6 @@ def one_step(parts: Parts, step: int) -> None:
 
 
 def evaluate(config: Config) -> None:
-    """Evaluate config.student on the held-out prompts (evaluation.py): a table and evaluation.json."""
+    """Evaluate config.student on held-out prompts (evaluation.py): a table, evaluation.json."""
     with build_parts(config, training=False) as parts:
         evaluation.write(evaluation.evaluate(parts), parts)
