@@ -18,6 +18,7 @@ export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"  # Megatr
 export NCCL_NVLS_ENABLE="${NCCL_NVLS_ENABLE:-0}"                 # saves memory beside an engine
 export TORCH_NCCL_AVOID_RECORD_STREAMS=1 TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a new store for each restart: the old one names dead ranks
 if [ -n "${IFNAME:-}" ]; then export NCCL_SOCKET_IFNAME="$IFNAME" GLOO_SOCKET_IFNAME="$IFNAME"; fi
 
 exec torchrun --nnodes "${NNODES:-1}" --nproc-per-node "$ranks" --max-restarts "${RESTARTS:-0}" \

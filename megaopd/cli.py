@@ -70,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--config", type=Path, help="a TOML file; see megaopd/recipes/")
         command.add_argument("--ranks", type=int, help="processes on this machine")
         command.add_argument("--port", type=int, default=0, help="rendezvous port (0: any free)")
+        command.add_argument(
+            "--restarts", type=int, default=0, help="start all ranks again after one has failed"
+        )
         command.add_argument("overrides", nargs="*", metavar="section.key=value")
         command.set_defaults(command=function)
 
@@ -128,16 +131,17 @@ def _run(what: str, config: Any) -> int:
 
 def _in_ranks(arguments: argparse.Namespace, config: Any, here: Any) -> int:
     """Run `here` if this is a rank already, else start the ranks that the layout needs."""
-    from megaopd.launch import run_ranks, under_torchrun
+    from megaopd.launch import check_restarts, run_ranks, under_torchrun
 
     if under_torchrun():
+        check_restarts()
         return here()
     ranks = arguments.ranks or config.parallel.model_parallel
     if ranks % config.parallel.model_parallel:
         raise UserError(
             f"--ranks {ranks}", expected=f"a multiple of {config.parallel.model_parallel} (tp x pp)"
         )
-    return run_ranks(arguments.argv, ranks, port=arguments.port)
+    return run_ranks(arguments.argv, ranks, port=arguments.port, restarts=arguments.restarts)
 
 
 def _convert(arguments: argparse.Namespace) -> int:

@@ -14,6 +14,9 @@ from megaopd.data.types import Prompt, Sample
 from megaopd.errors import UserError
 from megaopd.schema import Config
 
+# Between two starts of one run, beside whole sections.
+MAY_CHANGE = (("run", "steps"), ("run", "stall_minutes"))
+
 
 def pad_id(tokenizer: Any) -> int:
     """The id that fills batches: masked everywhere, so the end token serves where none is set."""
@@ -83,7 +86,7 @@ def check_run_dir(config: Config, *, has_checkpoints: bool) -> None:
         if section in ("parallel", "server", "checkpoint", "report", "eval"):
             continue
         for key, value in values.items():
-            if (section, key) != ("run", "steps") and before.get(section, {}).get(key) != value:
+            if (section, key) not in MAY_CHANGE and before.get(section, {}).get(key) != value:
                 changed.append(f"{section}.{key}: {before.get(section, {}).get(key)} -> {value}")
     if changed:
         raise UserError(

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from megaopd import config as config_io
-from megaopd import faults
+from megaopd import faults, watchdog
 from megaopd.data.prompts import PromptStream
 from megaopd.data.tasks import environment_task
 from megaopd.data.tokenizer import check_same_tokenizer, load_tokenizer
@@ -74,6 +74,7 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
         total_steps=config.run.steps,
         vocab=vocab,
         vocab_rows=rows,
+        lora=config.lora,
     )
     teacher = None
     if teacher_arch is not None:
@@ -223,6 +224,7 @@ class Parts:
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
         """Add the seconds of this block to the step's `time/what`."""
+        watchdog.enter(what)
         begun = time.perf_counter()
         yield
         key = f"time/{what}"
@@ -314,6 +316,7 @@ class Parts:
         due = step in (0, steps) or (every and step % every == 0)
         if not self.held_out or not due or step in self.evaluations:
             return
+        watchdog.enter("evaluate")
         self.evaluations[step] = self.evaluate(step)
         if self.logger is not None:
             self.logger.log_event("eval", {"step": step, **self.evaluations[step]})
@@ -363,6 +366,7 @@ class Parts:
         last = step == self.config.run.steps or self.done
         if not last and not (every and step % every == 0):
             return
+        watchdog.enter("checkpoint")
         run_state = {
             "prompts": self.sampler.cursor,
             "evaluations": {str(k): v for k, v in self.evaluations.items()},

@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class Checkpoints:
                 "layout": layout,
                 "family": student.arch.family,
                 "dtype": str(student.model.config.params_dtype).removeprefix("torch."),
+                **_adapter_info(student),
             },
             side_files=hf_dir,
         )
@@ -86,3 +88,10 @@ class Checkpoints:
         state = load_sharded({**wanted, "run": {}}, self.path(step))
         student.load_sharded_state(state)
         return state["run"]
+
+
+def _adapter_info(student: Student) -> dict[str, Any]:
+    """What a checkpoint of adapters must say: their shape, and the weights that they belong to."""
+    if not student.lora.rank:
+        return {}
+    return {"lora": {**asdict(student.lora), "base": str(Path(student.base).resolve())}}

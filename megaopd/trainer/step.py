@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from megaopd import faults
+from megaopd import faults, watchdog
 from megaopd.losses import Objective, OutputLayer, fused_linear_objectives
 from megaopd.losses.importance import bounded_exp
 from megaopd.objectives.names import LIST_STATS
@@ -52,7 +52,7 @@ def run_schedule(
     schedule = get_forward_backward_func(pp_size=grid.pp_size, vp_size=None)
     return schedule(
         forward_step_func=forward_step,
-        data_iterator=iter(inputs),
+        data_iterator=watchdog.counted(inputs),
         model=[model],
         num_microbatches=len(inputs),
         seq_length=sequence,

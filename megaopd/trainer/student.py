@@ -6,8 +6,9 @@ from typing import Any
 from megaopd import faults, platform
 from megaopd.models.arch import Architecture, padded_vocab
 from megaopd.models.build import build_model
-from megaopd.models.config import ModelConfig
+from megaopd.models.config import LoraConfig, ModelConfig
 from megaopd.models.convert import load_weights
+from megaopd.models.lora import add_adapters, load_own_state, own_state
 from megaopd.models.weights import WeightStream
 from megaopd.objectives.spec import ObjectiveConfig
 from megaopd.objectives.validate import needs
@@ -16,7 +17,8 @@ from megaopd.trainer.batch import MicroBatch
 from megaopd.trainer.config import OptimConfig
 from megaopd.trainer.importance import with_importance_weights
 from megaopd.trainer.log_probs import sequence_log_probs
-from megaopd.trainer.optim import make_optimizer, make_schedule, wrap_ddp
+from megaopd.trainer.optim import check_optimizer, make_optimizer, make_schedule, wrap_ddp
+from megaopd.trainer.pace import Pace
 from megaopd.trainer.step import objective_pass
 from megaopd.trainer.teacher import Teacher
 
@@ -29,6 +31,7 @@ class Student:
         vocab_rows: padded vocabulary over all tensor ranks.
         optim: None for a student that is only evaluated: no gradients, no optimizer state.
         total_steps: where the learning-rate decay ends.
+        lora: train adapters on top of the checkpoint's weights, which stay frozen.
     """
 
     def __init__(
@@ -42,8 +45,12 @@ class Student:
         total_steps: int = 1,
         vocab: int | None = None,
         vocab_rows: int | None = None,
+        lora: LoraConfig | None = None,
         progress: Any = None,
     ) -> None:
+        if optim is not None:
+            check_optimizer(optim)
+        self.base, self.lora = config.path, lora or LoraConfig()
         self.arch, self.grid, self.objective = arch, grid, objective
         self.vocab = vocab or arch.vocab
         rows = vocab_rows or padded_vocab(arch.vocab, grid.tp_size, config.vocab_multiple)
@@ -52,7 +59,10 @@ class Student:
         if optim is None:  # to be evaluated only
             self.ddp = self.model.eval().requires_grad_(False)
             return
+        if self.lora.rank:
+            add_adapters(self.model, self.lora)
         self.ddp = wrap_ddp(self.model, optim, grid)
+        self.pace = Pace(self.model.config)
         self.optimizer = make_optimizer(self.ddp, optim, grid)
         self.schedule = make_schedule(self.optimizer, optim, total_steps)
 
@@ -82,6 +92,7 @@ class Student:
                 self.objective,
                 vocab=self.vocab,
             )
+        self.pace.begin()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         metrics = self._pass(micro_batches, teacher, hidden, forward_only=False)
@@ -133,7 +144,7 @@ class Student:
         import torch
         from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-        model = self.model.sharded_state_dict()
+        model = own_state(self.model)
         optimizer = self.optimizer.sharded_state_dict(
             model,
             is_loading=loading,
@@ -154,7 +165,7 @@ class Student:
         """Take what `sharded_state` saved; RNG only where the layout is the same."""
         import torch
 
-        self.model.load_state_dict(state["model"])
+        load_own_state(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if "rng" in state:

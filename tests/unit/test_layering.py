@@ -24,7 +24,7 @@ LAYERS = [
     ["report"],
     ["launch"],
     ["parallel"],
-    ["platform", "faults", "config"],
+    ["platform", "faults", "watchdog", "config"],
     ["errors"],
 ]
 # A launcher starts a command line in other processes; with one rank, in this one.
