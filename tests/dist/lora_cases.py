@@ -11,7 +11,9 @@ RANK, ALPHA = 4, 8.0
 STEPS = 4
 
 
-def make_student(paths, layout, *, lora=True, steps=STEPS, recompute="none", targets=(), **optim):
+def make_student(
+    paths, layout, *, lora=True, steps=STEPS, recompute="none", dtype="float32", **optim
+):
     """(student, teacher, grid) of a layout (tensor, pipeline, sequence, distributed)."""
     from megaopd.models.arch import architecture, padded_vocab, read_hf_config
     from megaopd.models.config import LoraConfig, ModelConfig
@@ -24,11 +26,8 @@ def make_student(paths, layout, *, lora=True, steps=STEPS, recompute="none", tar
     tensor, pipeline, sequence, distributed = layout
     grid = make_grid(ParallelConfig(tensor, pipeline, sequence=sequence))
     archs = [architecture(read_hf_config(path)) for path in paths]
-    config = LoraConfig(rank=RANK, alpha=ALPHA)
-    if targets:
-        config = LoraConfig(rank=RANK, alpha=ALPHA, targets=targets)
     student = Student(
-        ModelConfig(path=paths[0], recompute=recompute),
+        ModelConfig(path=paths[0], recompute=recompute, dtype=dtype),
         archs[0],
         grid,
         ObjectiveConfig(chunk_size=7),
@@ -37,11 +36,10 @@ def make_student(paths, layout, *, lora=True, steps=STEPS, recompute="none", tar
             distributed=distributed,
         ),
         total_steps=steps,
-        lora=config if lora else None,
+        lora=LoraConfig(rank=RANK, alpha=ALPHA) if lora else None,
     )
-    teacher = Teacher(
-        ModelConfig(path=paths[1]), archs[1], grid, vocab_rows=padded_vocab(VOCAB, tensor, 8)
-    )
+    model = ModelConfig(path=paths[1], dtype=dtype)
+    teacher = Teacher(model, archs[1], grid, vocab_rows=padded_vocab(VOCAB, tensor, 8))
     return student, teacher, grid
 
 

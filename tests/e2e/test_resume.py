@@ -7,6 +7,7 @@ import time
 import pytest
 
 from megaopd.faults import POINTS
+from megaopd.models.weights import HfReader
 from megaopd.report.metrics import read_metrics
 from tests.e2e.runs import columns, make_models, megaopd, opd_arguments
 
@@ -125,3 +126,34 @@ def test_a_rank_that_is_killed_is_started_again(tmp_path):
     assert "restart: number 1, from step 2" in end.stderr
     names = ("step", "loss", "grad_norm", "kl", "reward")
     assert columns(tmp_path / "killed", *names) == columns(tmp_path / "whole", *names)
+
+
+def test_a_run_with_adapters_is_resumed_and_exported(tmp_path):
+    """Only adapters are saved; convert gives the merged model, rollouts saw it all along."""
+    student, teacher = make_models(tmp_path)
+    common = ["run.steps=4", "checkpoint.every=2", "parallel.tensor=2", "lora.rank=4"]
+    whole = megaopd(*opd_arguments(student, teacher, tmp_path / "whole", *common))
+    assert whole.returncode == 0, whole.stderr
+    killed = opd_arguments(student, teacher, tmp_path / "killed", *common)
+    assert megaopd(*killed, env={"MEGAOPD_KILL_AT": "optimizer:4"}).returncode == 1
+    end = megaopd(*killed)
+    assert end.returncode == 0, end.stderr
+    # A merge that rollouts did not see would show between engine and trainer.
+    names = ("step", "loss", "grad_norm", "kl", "reward", "rollout_log_prob_diff")
+    rows = columns(tmp_path / "killed", *names)
+    assert rows == columns(tmp_path / "whole", *names)
+    assert all(float(row[-1]) < 1e-5 for row in rows)
+
+    saved = tmp_path / "killed" / "checkpoints" / "step_00000004"
+    done = megaopd("convert", "megatron-to-hf", "--megatron", saved, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    base, merged = HfReader(student), HfReader(tmp_path / "out")
+    assert base.shapes() == merged.shapes()
+    same = [
+        n for n in base.files if base.read(n, None, 0, 0, 0).equal(merged.read(n, None, 0, 0, 0))
+    ]
+    assert not [n for n in same if "_proj" in n] and len(same) > 2
+    (student / "model.safetensors").unlink()
+    student.rename(tmp_path / "gone")
+    lost = megaopd("convert", "megatron-to-hf", "--megatron", saved, "--out", tmp_path / "no")
+    assert lost.returncode == 2 and "holds LoRA adapters on" in lost.stderr
