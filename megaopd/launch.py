@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from megaopd.errors import EXIT_INTERNAL, EXIT_USER, UserError
+from megaopd.errors import UserError
 
 
 def under_torchrun() -> bool:
@@ -23,12 +23,14 @@ def run_ranks(arguments: Sequence[str], ranks: int, *, port: int = 0) -> int:
         port: rendezvous port on loopback; 0 picks a free one.
 
     Returns:
-        0, 2 where a rank refused its input (it has printed why), 1 otherwise.
+        0, 2 where a rank refused its input (it has printed why), 75 where the run stopped as it
+        was asked, 1 otherwise.
     """
     if ranks == 1 and not port:
         return _run_single(arguments)
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import LaunchConfig
+
+    from megaopd.elastic import supervise
 
     _check_port(port)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -46,15 +48,7 @@ def run_ranks(arguments: Sequence[str], ranks: int, *, port: int = 0) -> int:
         max_restarts=0,
         monitor_interval=0.1,
     )
-    try:
-        elastic_launch(config, sys.executable)("-m", "megaopd", *arguments)
-    except ChildFailedError as err:
-        _, failure = err.get_first_failure()
-        code = failure.exitcode
-        if code < 0:
-            print(f"rank {failure.local_rank} was killed by signal {-code}", file=sys.stderr)
-        return EXIT_USER if code == EXIT_USER else EXIT_INTERNAL
-    return 0
+    return supervise(config, sys.executable, ["-m", "megaopd", *arguments])
 
 
 def _run_single(arguments: Sequence[str]) -> int:
