@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from megaopd import __version__
-from megaopd.errors import EXIT_INTERNAL, EXIT_USER, UserError
+from megaopd.errors import EXIT_INTERNAL, EXIT_STOPPED, EXIT_USER, RunStopped, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0, 2 for bad input (one message), 1 for a fault of ours (a traceback)."""
+    """Run one command; 0, 2 for bad input (one message), 1 for a fault of ours (a traceback), 75
+    for a run that stopped as it was asked."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     # argparse stops collecting positionals at the first option: overrides may stand anywhere.
@@ -29,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.command(arguments) or 0
     except UserError as err:
         return _leave(EXIT_USER, f"megaopd: {err}")
+    except RunStopped:
+        return EXIT_STOPPED
     except KeyboardInterrupt:
         return _leave(130, "megaopd: interrupted")
     except Exception:
@@ -131,10 +134,12 @@ def _run(what: str, config: Any) -> int:
 
 def _in_ranks(arguments: argparse.Namespace, config: Any, here: Any) -> int:
     """Run `here` if this is a rank already, else start the ranks that the layout needs."""
+    from megaopd import stop
     from megaopd.launch import check_restarts, run_ranks, under_torchrun
 
     if under_torchrun():
         check_restarts()
+        stop.listen()
         return here()
     ranks = arguments.ranks or config.parallel.model_parallel
     if ranks % config.parallel.model_parallel:
@@ -189,11 +194,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _quickstart(arguments: argparse.Namespace) -> int:
-    from megaopd import quickstart
+    from megaopd import quickstart, stop
     from megaopd.launch import run_ranks, under_torchrun
 
     overrides = [f"rollout.engine={arguments.rollout}", *arguments.overrides]
     if under_torchrun():
+        stop.listen()
         quickstart.run(arguments.dir, arguments.seed, overrides)
         return 0
     quickstart.check(arguments.dir, overrides)

@@ -8,9 +8,9 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from megaopd.errors import EXIT_INTERNAL, EXIT_USER, UserError
+from megaopd.errors import UserError
 
-# Set where torchrun runs: each life of a job gets a new store, held by its rank 0.
+# Set where the agent runs: each life of a job gets a new store, held by its rank 0.
 FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
@@ -27,18 +27,18 @@ def run_ranks(arguments: Sequence[str], ranks: int, *, port: int = 0, restarts: 
         restarts: how often all ranks are started again after one has failed.
 
     Returns:
-        0, 2 where a rank refused its input (it has printed why), 1 otherwise.
+        0, 2 where a rank refused its input (it has printed why), 75 where the run stopped as it
+        was asked, 1 otherwise.
     """
     if ranks == 1 and not port and not restarts:
         return _run_single(arguments)
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import LaunchConfig
+
+    from megaopd.elastic import supervise
 
     _check_port(port)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCHELASTIC_LOG_LEVEL", "ERROR")
-    if restarts:
-        os.environ.setdefault(FRESH_STORE, "1")
     import logging
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -52,15 +52,7 @@ def run_ranks(arguments: Sequence[str], ranks: int, *, port: int = 0, restarts: 
         max_restarts=restarts,
         monitor_interval=0.1,
     )
-    try:
-        elastic_launch(config, sys.executable)("-m", "megaopd", *arguments)
-    except ChildFailedError as err:
-        _, failure = err.get_first_failure()
-        code = failure.exitcode
-        if code < 0:
-            print(f"rank {failure.local_rank} was killed by signal {-code}", file=sys.stderr)
-        return EXIT_USER if code == EXIT_USER else EXIT_INTERNAL
-    return 0
+    return supervise(config, sys.executable, ["-m", "megaopd", *arguments])
 
 
 def _run_single(arguments: Sequence[str]) -> int:
@@ -102,7 +94,7 @@ def check_restarts() -> None:
         raise UserError(
             f"torchrun --max-restarts={wanted} with one store for all lives of the job",
             expected="a store of its own for each life",
-            fix=f"export {FRESH_STORE}=1 on every node, and torchrun --rdzv-backend=c10d",
+            fix="python -m megaopd.elastic in torchrun's place, with --rdzv-backend=c10d",
         )
 
 

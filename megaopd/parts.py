@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from megaopd import config as config_io
-from megaopd import faults, watchdog
+from megaopd import faults, stop, watchdog
 from megaopd.data.prompts import PromptStream
 from megaopd.data.tasks import environment_task
 from megaopd.data.tokenizer import check_same_tokenizer, load_tokenizer
@@ -22,6 +22,7 @@ from megaopd.models.arch import architecture, check_layout, padded_vocab, read_h
 from megaopd.objectives.alarms import new_alarms
 from megaopd.parallel import Grid, make_grid
 from megaopd.report.metrics import MetricLogger, read_metrics
+from megaopd.report.samples import save_samples
 from megaopd.rollout.agent import AgentEngine
 from megaopd.rollout.engines import make_engine
 from megaopd.rollout.episode import episode_metrics
@@ -173,6 +174,8 @@ class Parts:
     held_out: list[Prompt]
     training: bool = True
     first_step: int = 0
+    saved_step: int = 0  # of the newest checkpoint
+    stopped: bool = False  # asked to end before the last step
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
     score_metrics: dict[str, float] = field(default_factory=dict)  # of the remote teacher
@@ -193,7 +196,7 @@ class Parts:
             state = self.checkpoints.load(step, self.student)
             self.prompts.load_state_dict(state["prompts"])
             self.evaluations = {int(k): v for k, v in state["evaluations"].items()}
-            self.first_step = step
+            self.first_step = self.saved_step = step
         if self.is_main:
             self.logger = MetricLogger(
                 directory,
@@ -291,7 +294,6 @@ class Parts:
         """One line of metrics.jsonl, the console and wandb."""
         lengths = [len(s.response_ids) for s in samples]
         rewards = [s.reward for s in samples if s.reward is not None]
-        spent = sum(self.times.values())
         extra = {"response_length": sum(lengths) / len(lengths)}
         extra["truncated"] = sum(s.finish_reason == "length" for s in samples) / len(samples)
         if rewards:
@@ -300,7 +302,7 @@ class Parts:
             # Engine and trainer speak of different laws then; their difference is no mismatch.
             metrics = {k: v for k, v in metrics.items() if k not in MISMATCH}
         extra |= {**episode_metrics(samples), **self.score_metrics}
-        extra["tokens_per_s"] = sum(lengths) / max(spent, 1e-9)
+        extra["tokens_per_s"] = sum(lengths) / max(sum(self.times.values()), 1e-9)
         if self.logger is not None:
             self.logger.log_metrics(
                 step, {**metrics, **extra, **self.sampler.metrics(), **self.times}
@@ -342,36 +344,35 @@ class Parts:
             scored = self.student.score(self.micro_batches(sampled), self.teacher)
             result |= {name: scored[name] for name in EVALUATED if name in scored}
         self.sampler.take_turn()
-        self._save_samples(greedy)
+        if self.is_main and self.training:
+            save_samples(self.dir, greedy, self.text)
         return result
-
-    def _save_samples(self, samples: Sequence[Sample], count: int = 20) -> None:
-        if not self.is_main or not self.training:
-            return
-        rows = [
-            {
-                "prompt": s.prompt.text,
-                "response": self.text(s),
-                "expected": s.prompt.answer,
-                "reward": s.reward,
-            }
-            for s in samples[:count]
-        ]
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (self.dir / "samples.jsonl").write_text(lines)
 
     def checkpoint(self, step: int) -> None:
         """Save if this step is due; the last one always is."""
         every = self.config.checkpoint.every
         last = step == self.config.run.steps or self.done
-        if not last and not (every and step % every == 0):
-            return
+        if last or (every and step % every == 0):
+            self._save(step)
+
+    def asked_to_stop(self, step: int) -> bool:
+        """Whether the run is to end now, after `step` steps; then they are saved."""
+        self.stopped = stop.agreed()
+        if self.stopped:
+            if step > self.saved_step:
+                self._save(step)
+            text = f"after step {step} of {self.config.run.steps}; start it again to go on"
+            self.warn("stopped", text, step=step)
+        return self.stopped
+
+    def _save(self, step: int) -> None:
         watchdog.enter("checkpoint")
         run_state = {
             "prompts": self.sampler.cursor,
             "evaluations": {str(k): v for k, v in self.evaluations.items()},
         }
         self.checkpoints.save(step, self.student, run_state, self.config.student.hf_dir)
+        self.saved_step = step
 
     def finish(self) -> dict[str, Any]:
         """Write summary.json from what was measured."""

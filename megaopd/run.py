@@ -7,6 +7,7 @@ the data's answers in place of the student's samples.
 from typing import Any
 
 from megaopd import faults, watchdog
+from megaopd.errors import RunStopped
 from megaopd.launch import restart_count
 from megaopd.parts import Parts, build_parts
 from megaopd.report.progress import progress
@@ -23,6 +24,7 @@ def train(config: Config) -> dict[str, Any]:
 
     Raises:
         UserError: the input does not fit together; nothing has been trained yet.
+        RunStopped: it was asked to end early (stop.py), and has saved what it did.
     """
     with build_parts(config) as parts, _watchdog(config, parts):
         if restart_count():
@@ -31,13 +33,16 @@ def train(config: Config) -> dict[str, Any]:
         parts.evaluate_at(parts.first_step)
         with progress("steps", len(steps), enabled=parts.is_main and len(steps) > 0) as advance:
             for step in steps:
-                if parts.done:
+                if parts.done or parts.asked_to_stop(step):
                     break
                 faults.set_step(step + 1)
                 watchdog.enter("step", step + 1)
                 one_step(parts, step)
                 advance(1)
-        return parts.finish()
+        if not parts.stopped:
+            return parts.finish()
+    parts.grid.barrier()  # an agent ends the other ranks when the first one has gone
+    raise RunStopped
 
 
 def one_step(parts: Parts, step: int) -> None:
