@@ -175,7 +175,7 @@ def resume(paths, layout, directory, *, save):
     checkpoints = Checkpoints(Path(directory), grid, keep=2)
     if save:
         train(student, teacher, grid, range(2))
-        checkpoints.save(2, student, {}, paths[0])
+        checkpoints.save(2, student, {}, Path(paths[0]))
         names = list(student.sharded_state(loading=False)["model"])
     else:
         checkpoints.load(2, student)
