@@ -16,8 +16,16 @@ from megaopd.data.prompts import PromptStream
 from megaopd.data.tasks import environment_task
 from megaopd.data.tokenizer import check_same_tokenizer, load_tokenizer
 from megaopd.data.types import Prompt, Sample
-from megaopd.errors import UserError
-from megaopd.inputs import check_run_dir, eos_ids, held_out, pad_id, response_text, reward_of
+from megaopd.inputs import (
+    check_run_dir,
+    eos_ids,
+    example,
+    held_out,
+    pad_id,
+    response_text,
+    reward_of,
+    student_tokenizer,
+)
 from megaopd.models.arch import architecture, check_layout, padded_vocab, read_hf_config
 from megaopd.objectives.alarms import new_alarms
 from megaopd.parallel import Grid, make_grid
@@ -28,7 +36,7 @@ from megaopd.rollout.engines import make_engine
 from megaopd.rollout.episode import episode_metrics
 from megaopd.sampler import Sampler
 from megaopd.schema import Config
-from megaopd.trainer.batch import MicroBatch, make_micro_batches
+from megaopd.trainer.batch import MicroBatch, make_micro_batches, plan_step, shares_of
 from megaopd.trainer.checkpoint import Checkpoints
 from megaopd.trainer.remote_teacher import RemoteTeacher
 from megaopd.trainer.student import Student
@@ -53,7 +61,7 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
     """
     arch = architecture(read_hf_config(config.student.hf_dir), where=config.student.path)
     check_layout(arch, config.parallel, who="student")
-    tokenizer = _tokenizer(config)
+    tokenizer = student_tokenizer(config)
     teacher_arch = None
     if config.teacher.path:
         check_same_tokenizer(tokenizer, load_tokenizer(config.teacher.hf_dir))
@@ -82,7 +90,7 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
         teacher = Teacher(config.teacher, teacher_arch, grid, vocab_rows=rows)
     remote = None
     if config.remote_teacher.addresses:
-        remote = RemoteTeacher(config.remote_teacher, config.objective, grid)
+        remote = RemoteTeacher(config.remote_teacher, config.objective, grid, tokenizer=tokenizer)
     parts = Parts(
         config=config,
         grid=grid,
@@ -101,16 +109,6 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
     if training:
         parts.start()
     return parts
-
-
-def _tokenizer(config: Config) -> Any:
-    tokenizer = load_tokenizer(config.student.hf_dir)
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"the tokenizer of {config.student.path} has no end token",
-            expected="eos_token in tokenizer_config.json: responses end with it",
-        )
-    return tokenizer
 
 
 def _sampler(
@@ -134,14 +132,13 @@ def _sampler(
         run_dir=Path(config.run.dir),
         grid=grid,
     )
-    limit = config.trainer.max_sequence or student.arch.max_positions
     engine = AgentEngine(
         inner,
         tokenizer,
         config.agent,
         template=config.data.template,
         vocab=student.vocab,
-        max_positions=min(student.arch.max_positions, limit),
+        max_positions=config.trainer.longest(student.arch.max_positions),
     )
     if environment_task(config.data.task or ""):
         _ = engine.turns  # a chat template that cannot separate turns is refused now
@@ -206,7 +203,8 @@ class Parts:
                 resume_step=step,
             )
             self.history = read_metrics(directory)
-            for text in config.warnings:
+            unchecked = self.remote.unchecked if self.remote is not None else ""
+            for text in filter(None, (*config.warnings, unchecked)):
                 self.warn("warning", text)
         self.started = time.monotonic()
 
@@ -255,29 +253,20 @@ class Parts:
     def examples(self) -> list[Sample]:
         """The next prompts with the data's own answers as responses (supervised fine-tuning)."""
         prompts = self.prompts.next_batch(self.config.rollout.prompts_per_step)
-        return [self._example(prompt) for prompt in prompts]
-
-    def _example(self, prompt: Prompt) -> Sample:
-        if not prompt.answer:
-            raise UserError(
-                f"prompt {prompt.id!r} has no answer",
-                expected="an answer for every prompt: objective.loss = sft trains on it",
-            )
-        ids = self.tokenizer(prompt.answer, add_special_tokens=False)["input_ids"]
-        if ids[-1] != self.tokenizer.eos_token_id:
-            ids.append(self.tokenizer.eos_token_id)
-        return Sample(prompt, tuple(ids), None, "stop", weight_version=0)
+        return [example(prompt, self.tokenizer) for prompt in prompts]
 
     def micro_batches(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         trainer, scores = self.config.trainer, None
+        cut: Any = {"grid": self.grid, "micro_batch_size": trainer.micro_batch_size}
+        cut["micro_batch_tokens"] = trainer.micro_batch_tokens
         if self.remote is not None:
             with self.timed("score"):
-                scores = self.remote.score(samples, micro_batch_size=trainer.micro_batch_size)
+                shares = shares_of(plan_step(samples, **cut), len(samples))
+                scores = self.remote.score(samples, shares)
             self.score_metrics = scores.metrics
         return make_micro_batches(
             samples,
-            grid=self.grid,
-            micro_batch_size=trainer.micro_batch_size,
+            **cut,
             pad_id=pad_id(self.tokenizer),
             loss_agg=self.config.objective.loss_agg,
             max_sequence=trainer.max_sequence,
@@ -341,12 +330,16 @@ class Parts:
         if self.teacher is not None or self.remote is not None:
             sampled = self.sampler.generate(self.held_out, -2, 1, params)
             self.sampler.take_turn()
-            scored = self.student.score(self.micro_batches(sampled), self.teacher)
-            result |= {name: scored[name] for name in EVALUATED if name in scored}
+            result |= self.score_samples(sampled)
         self.sampler.take_turn()
         if self.is_main and self.training:
             save_samples(self.dir, greedy, self.text)
         return result
+
+    def score_samples(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """What of the objective an evaluation reports, on these."""
+        scored = self.student.score(self.micro_batches(samples), self.teacher)
+        return {name: scored[name] for name in EVALUATED if name in scored}
 
     def checkpoint(self, step: int) -> None:
         """Save if this step is due; the last one always is."""

@@ -296,8 +296,8 @@ def _patch_moe() -> None:
 def _cuda_literals_to_cpu() -> Any:
     """A TorchFunctionMode for the CUDA spellings that megatron-core writes literally.
 
-    device="cuda" becomes the CPU, Tensor.cuda() the tensor itself, and Tensor.type() answers
-    "torch.cuda.*" because megatron-core sorts parameters by that string.
+    device="cuda" becomes the CPU, pinned memory plain memory, Tensor.cuda() the tensor itself, and
+    Tensor.type() answers "torch.cuda.*" because megatron-core sorts parameters by that string.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -313,6 +313,9 @@ def _cuda_literals_to_cpu() -> Any:
             dev = kwargs.get("device")
             if dev is not None and (dev == "cuda" or getattr(dev, "type", None) == "cuda"):
                 kwargs["device"] = cpu
+            kwargs.pop("pin_memory", None)  # there is no device to copy to
+            if func is torch.Tensor.cuda:
+                return args[0]
             return func(*args, **kwargs) if kwargs else self._call(func, args)
 
         def _call(self, func: Any, args: Any) -> Any:

@@ -6,7 +6,7 @@ the data's answers in place of the student's samples.
 
 from typing import Any
 
-from megaopd import faults, watchdog
+from megaopd import evaluation, faults, watchdog
 from megaopd.errors import RunStopped
 from megaopd.launch import restart_count
 from megaopd.parts import Parts, build_parts
@@ -69,11 +69,7 @@ def _watchdog(config: Config, parts: Parts) -> watchdog.Watchdog:
     return watchdog.Watchdog(parts.dir, grid.rank, grid.world_size, stall_s=60 * minutes)
 
 
-def evaluate(config: Config) -> dict[str, float]:
-    """Evaluate config.student on the held-out prompts, printing and returning the figures."""
+def evaluate(config: Config) -> None:
+    """Evaluate config.student on held-out prompts (evaluation.py): a table, evaluation.json."""
     with build_parts(config, training=False) as parts:
-        result = parts.evaluate(step=0)
-        if parts.is_main:
-            for name, value in result.items():
-                print(f"{name:>16} {value:.4f}")
-        return result
+        evaluation.write(evaluation.evaluate(parts), parts)

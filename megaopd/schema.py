@@ -56,11 +56,21 @@ class EvalConfig:
     source: str = ""  # like data.source; empty: the test split of data.source
     stop_at: float = 0.0  # end the run once greedy accuracy reaches this; 0: never
     seed: int = 0  # of the held-out prompts: they stay the same while data.seed changes
+    samples: int = 1  # responses a prompt that `megaopd eval` samples; 0: greedy ones only
+    pass_k: tuple[int, ...] = (1,)  # the k of its pass@k, each at most eval.samples
+    control: str = ""  # like data.source: prompts of something that must not be forgotten
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.prompts < 0:
             raise UserError(
                 f"eval.every = {self.every}, eval.prompts = {self.prompts}", expected="0 or more"
+            )
+        bad = [k for k in self.pass_k if not 1 <= k <= max(self.samples, 1)]
+        if bad or self.samples < 0:
+            raise UserError(
+                f"eval.pass_k = {list(self.pass_k)} with eval.samples = {self.samples}",
+                expected="each k from 1 to eval.samples",
+                fix=f"set eval.samples={max([*bad, 1])} or more",
             )
 
 
@@ -120,6 +130,15 @@ class Config:
                 f"objective.loss_agg = {self.objective.loss_agg} without trainer.max_sequence",
                 expected="a constant length to divide by",
                 fix="set trainer.max_sequence",
+            )
+        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        if self.on_policy and 0 < self.trainer.micro_batch_tokens < longest:
+            raise UserError(
+                f"trainer.micro_batch_tokens = {self.trainer.micro_batch_tokens} with "
+                f"data.max_prompt_tokens = {self.data.max_prompt_tokens} and "
+                f"rollout.max_new_tokens = {self.rollout.max_new_tokens}",
+                expected=f"room for the longest sample, {longest} tokens",
+                fix=f"set trainer.micro_batch_tokens={longest} or more, or lower the other two",
             )
         if self.optim.warmup_steps > self.run.steps:
             raise UserError(

@@ -18,15 +18,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 from megaopd.errors import EXIT_INTERNAL
 
-T = TypeVar("T")
 FOLDER = "heartbeats"
 # Frames of these files mean that a thread waits for other ranks.
 COLLECTIVE = ("torch/distributed/", "pipeline_parallel/p2p_communication")
@@ -59,13 +57,6 @@ def beat() -> None:
     global _place
     here = _place
     _place = Place(here.entered, here.step, here.phase, here.beats + 1, time.monotonic())
-
-
-def counted(items: Iterable[T]) -> Iterator[T]:
-    """`items`, one beat each."""
-    for item in items:
-        beat()
-        yield item
 
 
 class Watchdog:

@@ -13,8 +13,9 @@ from megaopd import platform
 from megaopd.errors import UserError
 from megaopd.models.arch import architecture, read_hf_config
 from megaopd.models.build import build_model
+from megaopd.models.chunks import as_chunks, load_chunks, sharded_chunks
 from megaopd.models.config import LoraConfig, ModelConfig
-from megaopd.models.lora import add_adapters, fold, load_own_state, own_state
+from megaopd.models.lora import add_adapters, fold
 from megaopd.models.sharded import load_sharded, read_manifest, save_sharded, verify
 from megaopd.models.weights import WeightStream, check_new_dir, export_hf, load_hf_weights
 from megaopd.parallel import Grid
@@ -24,7 +25,7 @@ from megaopd.report.progress import progress
 def load_weights(
     model: Any, config: ModelConfig, arch: Any, grid: Grid, *, progress: Any = None
 ) -> None:
-    """Fill this rank's stage from config.path, Hugging Face or Megatron; a collective."""
+    """Fill this rank's stage, or list of chunks, from config.path of either kind; a collective."""
     if not config.is_megatron:
         load_hf_weights(model, config.path, arch, grid, progress=progress)
         return
@@ -39,14 +40,13 @@ def load_weights(
             expected="the same dtype",
             fix=f"set dtype={saved}, or convert the Hugging Face checkpoint with --dtype",
         )
-    lora = dict(manifest.get("lora", {}))
+    lora, chunks = dict(manifest.get("lora", {})), as_chunks(model)
     if lora:
         _load_base(model, config, lora.pop("base"), arch, grid)
         add_adapters(model, LoraConfig(**{**lora, "targets": tuple(lora["targets"])}))
-    state = load_sharded({"model": own_state(model)}, Path(config.path))
-    load_own_state(model, state["model"])
-    fold(model)
-    model.requires_grad_(True)
+    load_chunks(chunks, load_sharded(sharded_chunks(chunks), Path(config.path)))
+    if lora:
+        fold(model)
 
 
 def _load_base(model: Any, config: ModelConfig, base: str, arch: Any, grid: Grid) -> None:

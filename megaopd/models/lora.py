@@ -121,13 +121,22 @@ class Adapter(torch.nn.Module):
 
 
 def add_adapters(model: Any, config: LoraConfig) -> None:
-    """Freeze every weight of this stage and put a new adapter on each target layer.
+    """Freeze every weight of a stage (or of its chunks), put a new adapter on each target layer.
 
     Before DDP is built, so that frozen weights get no gradient buffer and no optimizer state.
 
     Raises:
         UserError: a target that a layer does not have, or an expert's.
     """
+    for chunk in _chunks(model):
+        _add_to_chunk(chunk, config)
+
+
+def _chunks(model: Any) -> list[Any]:
+    return list(model) if isinstance(model, list | tuple) else [model]
+
+
+def _add_to_chunk(model: Any, config: LoraConfig) -> None:
     model.requires_grad_(False)
     for layer in model.decoder.layers:
         for index, target in enumerate(MODULES):
@@ -192,8 +201,8 @@ def _want_gradient(module: Any, inputs: Any, output: Tensor) -> Tensor:
 
 
 def adapters(model: Any) -> list[Adapter]:
-    """The adapters of this stage, in layer order; [] without LoRA."""
-    return [module for module in model.modules() if isinstance(module, Adapter)]
+    """The adapters of a stage or of its chunks, in layer order; [] without LoRA."""
+    return [m for chunk in _chunks(model) for m in chunk.modules() if isinstance(m, Adapter)]
 
 
 @contextmanager
@@ -219,8 +228,10 @@ def merged(parameter: Any) -> Tensor:
 
 
 def fold(model: Any) -> None:
-    """Write every adapter into its weight and remove it."""
-    for parent in list(model.modules()):
+    """Write every adapter into its weight and remove it; all weights want gradients again."""
+    for chunk in _chunks(model):
+        chunk.requires_grad_(True)
+    for parent in [module for chunk in _chunks(model) for module in chunk.modules()]:
         for name, adapter in list(parent.named_children()):
             if isinstance(adapter, Adapter):
                 linear = getattr(parent, adapter.name)

@@ -167,7 +167,8 @@ def entries(model: Any, arch: Architecture) -> Iterator[Entry]:
     """
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-    offset = get_transformer_layer_offset(model.config, pp_rank=model.pg_collection.pp.rank())
+    pp_rank = model.pg_collection.pp.rank()
+    offset = get_transformer_layer_offset(model.config, model.vp_stage, pp_rank)
     for name, parameter in model.named_parameters():
         if is_adapter(name):  # the stream adds it to its weight
             continue

@@ -29,6 +29,7 @@ class WeightStream:
       elsewhere. Data-parallel replicas have no part in it.
 
     Args:
+        model: this rank's stage, or the list of its chunks.
         only_rank_0: the second form.
         dtype: what rank 0 is to get, so that no more than that is sent (second form only); None:
             the parameters' own.
@@ -47,7 +48,8 @@ class WeightStream:
 
         self.arch, self.grid, self.only_rank_0, self.dtype = arch, grid, only_rank_0, dtype
         assert dtype is None or only_rank_0
-        self.own = list(entries(model, arch))
+        chunks = model if isinstance(model, list) else [model]
+        self.own = [entry for chunk in chunks for entry in entries(chunk, arch)]
         stage = [
             Described(
                 tuple(e.hf_names),
@@ -115,7 +117,7 @@ class WeightStream:
         return entry.rule.merge(shards, self.arch)
 
     def _to_rank_0(self) -> Iterator[tuple[str, Any]]:
-        if self.grid.dp_rank:
+        if self.grid.dp_rank or self.grid.cp_rank:
             return
         for stage, described in enumerate(self.stages):
             for index, entry in enumerate(described):

@@ -64,6 +64,9 @@ class TrainerConfig:
     """The batch of one optimizer step."""
 
     micro_batch_size: int = 1  # sequences of one forward pass on one data-parallel rank
+    # Pack samples of any length into rows of that many tokens, one row a forward pass; 0: pad each
+    # to the longest of the step.
+    micro_batch_tokens: int = 0
     max_sequence: int = 0  # longest prompt + response; 0: no limit
 
     def __post_init__(self) -> None:
@@ -71,6 +74,22 @@ class TrainerConfig:
             raise UserError(
                 f"trainer.micro_batch_size = {self.micro_batch_size}", expected="at least 1"
             )
+        if self.micro_batch_tokens < 0:
+            raise UserError(
+                f"trainer.micro_batch_tokens = {self.micro_batch_tokens}", expected="0 or more"
+            )
+        if self.micro_batch_tokens and self.micro_batch_size > 1:
+            raise UserError(
+                f"trainer.micro_batch_tokens = {self.micro_batch_tokens} with "
+                f"trainer.micro_batch_size = {self.micro_batch_size}",
+                expected="one of them: a packed row holds as many samples as it has room for",
+                fix="leave trainer.micro_batch_size at 1",
+            )
+
+    def longest(self, positions: int) -> int:
+        """Tokens that a sample of a model with that many positions may have."""
+        limits = (positions, self.max_sequence, self.micro_batch_tokens)
+        return min(limit for limit in limits if limit)
 
 
 @dataclass(frozen=True)

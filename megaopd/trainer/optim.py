@@ -9,11 +9,12 @@ from megaopd.parallel import Grid
 from megaopd.trainer.config import OptimConfig
 
 
-def wrap_ddp(model: Any, config: OptimConfig, grid: Grid) -> Any:
-    """Megatron's DistributedDataParallel around this rank's stage, which sums gradients in fp32.
+def wrap_ddp(chunks: list[Any], config: OptimConfig, grid: Grid) -> list[Any]:
+    """Megatron's DistributedDataParallel around each chunk of this rank's stage.
 
+    It sums gradients in fp32 over the ranks that hold other tokens: data and context parallel ones.
     The model's config must have calculate_per_token_loss set before: DDP reads it here, and then
-    sums over data-parallel ranks instead of averaging.
+    sums over those ranks instead of averaging.
     """
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -21,22 +22,27 @@ def wrap_ddp(model: Any, config: OptimConfig, grid: Grid) -> Any:
         finalize_model_grads,
     )
 
-    assert model.config.calculate_per_token_loss
-    ddp = DistributedDataParallel(
-        config=model.config,
-        ddp_config=DistributedDataParallelConfig(
-            use_distributed_optimizer=config.distributed,
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
-            check_for_nan_in_grad=True,
-        ),
-        module=model,
-        pg_collection=grid.groups,
-    )
-    ddp.broadcast_params()
-    model.config.no_sync_func = ddp.no_sync
-    model.config.finalize_model_grads_func = partial(_finalize, finalize_model_grads)
-    return ddp
+    wrapped = []
+    for chunk in chunks:
+        assert chunk.config.calculate_per_token_loss
+        ddp = DistributedDataParallel(
+            config=chunk.config,
+            ddp_config=DistributedDataParallelConfig(
+                use_distributed_optimizer=config.distributed,
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=False,
+                check_for_nan_in_grad=True,
+            ),
+            module=chunk,
+            pg_collection=grid.groups,
+        )
+        ddp.broadcast_params()
+        wrapped.append(ddp)
+    no_sync = [ddp.no_sync for ddp in wrapped]
+    for chunk in chunks:  # the schedules read the first one's
+        chunk.config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+        chunk.config.finalize_model_grads_func = partial(_finalize, finalize_model_grads)
+    return wrapped
 
 
 def _finalize(finalize: Any, model: list[Any], num_tokens: Any, **kwargs: Any) -> None:
@@ -90,13 +96,13 @@ def optimizer_config(config: OptimConfig, dtype: Any) -> Any:
     )
 
 
-def make_optimizer(ddp: Any, config: OptimConfig, grid: Grid) -> Any:
+def make_optimizer(ddp: list[Any], config: OptimConfig, grid: Grid) -> Any:
     """Adam over the stage's parameters; its state is split over data-parallel ranks if asked."""
     from megatron.core.optimizer import get_megatron_optimizer
 
     return get_megatron_optimizer(
-        optimizer_config(config, ddp.config.params_dtype),
-        [ddp],
+        optimizer_config(config, ddp[0].config.params_dtype),
+        ddp,
         use_gloo_process_groups=False,
         pg_collection=grid.groups,
     )

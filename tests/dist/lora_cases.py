@@ -4,8 +4,8 @@ import multiprocessing
 
 import torch
 
+from tests.dist.layouts import SINGLE, Layout, batch, parallel_config
 from tests.dist.models import VOCAB, tokens
-from tests.dist.test_trajectory import samples
 
 RANK, ALPHA = 4, 8.0
 STEPS = 4
@@ -14,17 +14,17 @@ STEPS = 4
 def make_student(
     paths, layout, *, lora=True, steps=STEPS, recompute="none", dtype="float32", **optim
 ):
-    """(student, teacher, grid) of a layout (tensor, pipeline, sequence, distributed)."""
+    """(student, teacher, grid) of a layout."""
     from megaopd.models.arch import architecture, padded_vocab, read_hf_config
     from megaopd.models.config import LoraConfig, ModelConfig
     from megaopd.objectives.spec import ObjectiveConfig
-    from megaopd.parallel import ParallelConfig, make_grid
+    from megaopd.parallel import make_grid
     from megaopd.trainer.config import OptimConfig
     from megaopd.trainer.student import Student
     from megaopd.trainer.teacher import Teacher
 
-    tensor, pipeline, sequence, distributed = layout
-    grid = make_grid(ParallelConfig(tensor, pipeline, sequence=sequence))
+    layout = Layout(*layout)
+    grid = make_grid(parallel_config(layout))
     archs = [architecture(read_hf_config(path)) for path in paths]
     student = Student(
         ModelConfig(path=paths[0], recompute=recompute, dtype=dtype),
@@ -33,29 +33,21 @@ def make_student(
         ObjectiveConfig(chunk_size=7),
         OptimConfig(
             **{"lr": 1e-2, "weight_decay": 0.1, "clip_grad": 0.5, "eps": 1e-5, **optim},
-            distributed=distributed,
+            distributed=layout.distributed,
         ),
         total_steps=steps,
         lora=LoraConfig(rank=RANK, alpha=ALPHA) if lora else None,
     )
     model = ModelConfig(path=paths[1], dtype=dtype)
-    teacher = Teacher(model, archs[1], grid, vocab_rows=padded_vocab(VOCAB, tensor, 8))
+    teacher = Teacher(model, archs[1], grid, vocab_rows=padded_vocab(VOCAB, layout.tensor, 8))
     return student, teacher, grid
 
 
-def batch(step, grid):
-    from megaopd.trainer.batch import make_micro_batches
-
-    return make_micro_batches(
-        samples(step), grid=grid, micro_batch_size=2, pad_id=0, loss_agg="token-mean"
-    )
-
-
-def train(student, teacher, grid, steps):
+def train(student, teacher, grid, steps, layout=SINGLE):
     """[(loss, gradient norm)] of the given steps."""
     curve = []
     for step in steps:
-        metrics = student.update(batch(step, grid), teacher)
+        metrics = student.update(batch(step, grid, Layout(*layout), student), teacher)
         curve.append((metrics["loss"], metrics["grad_norm"]))
     return curve
 
@@ -68,7 +60,7 @@ def sizes(student):
 def trajectory(paths, layout, **options):
     """The curve of STEPS steps, and the size of every exported weight."""
     student, teacher, grid = make_student(paths, layout, **options)
-    return train(student, teacher, grid, range(STEPS)), sizes(student)
+    return train(student, teacher, grid, range(STEPS), layout), sizes(student)
 
 
 def memory(paths, layout):
@@ -117,7 +109,7 @@ def gradients(paths, layout):
 
     student, teacher, grid = make_student(paths, layout, clip_grad=0.0)
     fill_b(student)
-    micro_batches = batch(0, grid)
+    micro_batches = batch(0, grid, SINGLE, student)
     hidden = teacher.hidden_states(micro_batches)
     student.ddp.zero_grad_buffer()
     student._pass(micro_batches, teacher, hidden, forward_only=False)
@@ -190,9 +182,9 @@ def as_base(path, base, layout):
     from megaopd.models.config import ModelConfig
     from megaopd.models.convert import load_weights
     from megaopd.models.weights import WeightStream
-    from megaopd.parallel import ParallelConfig, make_grid
+    from megaopd.parallel import make_grid
 
-    grid = make_grid(ParallelConfig(*layout[:2], sequence=layout[2]))
+    grid = make_grid(parallel_config(Layout(*layout)))
     arch = architecture(read_hf_config(base))
     config = ModelConfig(path=path)
     model = build_model(arch, config, grid)

@@ -7,18 +7,19 @@ import transformers
 from megaopd.models.arch import architecture, read_hf_config
 from megaopd.models.names import GateUp, Qkv
 from tests.dist import lora_cases as cases
+from tests.dist.layouts import LAYOUTS, SINGLE, Layout, differences, samples
 from tests.dist.models import save_tiny, tokens
-from tests.dist.test_trajectory import differences, samples
 
-ONE = (1, 1, False, False)
-LAYOUTS = {
-    "tp2": (2, 1, False, False),
-    "tp2-sp": (2, 1, True, True),
-    "pp2": (1, 2, False, False),
-    "dp2-zero1": (1, 1, False, True),
-    "tp2-pp2-sp-zero1": (2, 2, True, True),
-}
-WORLD = {"tp2-pp2-sp-zero1": 4}
+NAMES = [
+    "tp2",
+    "tp2-sp",
+    "pp2",
+    "dp2-zero1",
+    "tp2-pp2-sp-zero1",
+    "cp2-tp2-sp",
+    "pp2-vpp2",
+    "packed-cp2-pp2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +40,17 @@ def reference(ranks, checkpoints):
 
     def get(family):
         if family not in made:
-            (made[family],) = ranks.run(cases.trajectory, 1, checkpoints[family], ONE)
+            (made[family],) = ranks.run(cases.trajectory, 1, checkpoints[family], SINGLE)
         return made[family]
 
     return get
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("family", ["qwen3", "qwen2"])
 def test_same_trajectory_under_every_layout(ranks, checkpoints, reference, name, family):
-    world = WORLD.get(name, 2)
-    per_rank = ranks.run(cases.trajectory, world, checkpoints[family], LAYOUTS[name])
+    layout = LAYOUTS[name]
+    per_rank = ranks.run(cases.trajectory, layout.world, checkpoints[family], layout)
     assert all(r[0] == per_rank[0][0] for r in per_rank), "ranks report different metrics"
     loss, norm, size = differences(reference(family), per_rank[0])
     print(f"{name} {family}: loss {loss:.1e}, gradient norm {norm:.1e}, weights {size:.1e}")
@@ -99,11 +100,15 @@ def dense_gradients(paths, values):
     return {key: leaf.grad for key, leaf in leaves.items()}
 
 
-@pytest.mark.parametrize("layout", [ONE, LAYOUTS["tp2"], (2, 1, True, False), LAYOUTS["pp2"]])
+# With a distributed optimizer a rank would hold a part of the sums only.
+TP2_SP_PLAIN = Layout(2, tensor=2, sequence=True, distributed=False)
+
+
+@pytest.mark.parametrize("layout", [SINGLE, LAYOUTS["tp2"], TP2_SP_PLAIN, LAYOUTS["pp2"]])
 def test_gradients_equal_a_dense_model(ranks, checkpoints, layout):
     paths = checkpoints["qwen3"]
     found = {}
-    for part in ranks.run(cases.gradients, layout[0] * layout[1], paths, layout):
+    for part in ranks.run(cases.gradients, layout.world, paths, layout):
         found |= part
     want = dense_gradients(paths, found)
     assert len(want) == 4 * 4 * 2
@@ -116,7 +121,7 @@ def test_gradients_equal_a_dense_model(ranks, checkpoints, layout):
 
 
 def test_what_is_frozen_costs_no_gradient_and_no_optimizer_state(ranks, checkpoints):
-    (found,) = ranks.run(cases.memory, 1, checkpoints["qwen3"], ONE)
+    (found,) = ranks.run(cases.memory, 1, checkpoints["qwen3"], SINGLE)
     print({key: value for key, value in found.items() if key != "names"})
     assert found["with gradient"] == 0
     assert found["frozen"] > 8 * found["trained"] > 0
@@ -126,11 +131,11 @@ def test_what_is_frozen_costs_no_gradient_and_no_optimizer_state(ranks, checkpoi
     assert len(found["names"]) == 4 * 4 * 2
 
 
-@pytest.mark.parametrize("layout", [ONE, LAYOUTS["tp2-sp"], LAYOUTS["pp2"]])
+@pytest.mark.parametrize("layout", [SINGLE, LAYOUTS["tp2-sp"], LAYOUTS["pp2"]])
 def test_the_merged_export_is_the_model_with_adapters(ranks, checkpoints, tmp_path, layout):
     paths = checkpoints["qwen3"]
     out = str(tmp_path / "merged")
-    per_rank = ranks.run(cases.export, layout[0] * layout[1], paths, layout, out)
+    per_rank = ranks.run(cases.export, layout.world, paths, layout, out)
     on, off, base, _ = per_rank[-1]
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     with torch.no_grad():
@@ -152,11 +157,11 @@ def test_resume(ranks, checkpoints, tmp_path):
     assert names and all("_lora." in name for name in names)
     again = ranks.run(cases.resume, 2, paths, layout, str(tmp_path), save=False)
     assert again[0][0] == curve
-    ((other, _),) = ranks.run(cases.resume, 1, paths, ONE, str(tmp_path), save=False)
+    ((other, _),) = ranks.run(cases.resume, 1, paths, SINGLE, str(tmp_path), save=False)
     assert other == [pytest.approx(step, rel=1e-5) for step in curve]
 
     path = str(tmp_path / "checkpoints" / "step_00000002")
-    (one,) = ranks.run(cases.as_base, 1, path, paths[0], ONE)
+    (one,) = ranks.run(cases.as_base, 1, path, paths[0], SINGLE)
     two = ranks.run(cases.as_base, 2, path, paths[0], layout)[0]
     base = transformers.AutoModelForCausalLM.from_pretrained(paths[0]).state_dict()
     assert all(two[name].allclose(one[name], rtol=1e-6, atol=1e-7) for name in one)

@@ -5,11 +5,11 @@ import gc
 import pytest
 
 from tests.dist import lora_cases as cases
+from tests.dist.layouts import LAYOUTS, SINGLE, differences
 from tests.dist.models import save_tiny, tokens
-from tests.dist.test_trajectory import differences
 from tools.bench.measure import LiveBytes
 
-LAYOUTS = {"one": (1, 1, False, False), "pp2": (1, 2, False, True), "tp2-sp": (2, 1, True, True)}
+NAMES = ("one", "pp2", "tp2-sp", "cp2", "pp2-vpp2")
 KINDS = ("full", "selective")
 LENGTH = 512
 WIDE = {"num_hidden_layers": 8, "max_position_embeddings": LENGTH}
@@ -33,10 +33,10 @@ def all_cases(paths, layout):
     }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_same_trajectory(ranks, checkpoints, name):
-    layout = LAYOUTS[name]
-    found = ranks.run(all_cases, layout[0] * layout[1], checkpoints, layout)[0]
+    layout = SINGLE if name == "one" else LAYOUTS[name]
+    found = ranks.run(all_cases, layout.world, checkpoints, layout)[0]
     for lora in (False, True):
         for kind in KINDS:
             loss, norm, size = differences(found[lora, "none"], found[lora, kind])

@@ -34,6 +34,16 @@ def kill_plan(seed: int) -> list[tuple[str, int]]:
             ["parallel.tensor=2", "parallel.sequence=true"], id="tp2", marks=pytest.mark.slow
         ),
         pytest.param(["parallel.pipeline=2"], id="pp2", marks=pytest.mark.slow),
+        pytest.param(
+            [
+                "parallel.context=2",
+                "trainer.micro_batch_size=1",
+                "trainer.micro_batch_tokens=64",
+                "data.max_prompt_tokens=32",
+            ],
+            id="cp2-packed",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_killed_five_times_and_resumed(tmp_path, layout):

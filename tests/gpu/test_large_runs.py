@@ -11,10 +11,11 @@ if not torch.cuda.is_available():
 
 from megaopd import platform
 from tests.dist import lora_cases as cases
+from tests.dist.layouts import Layout
 from tests.gpu.test_gpu import LOGITS, error, grid, save  # noqa: F401  (grid is a fixture)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("grid")]
-ONE = (1, 1, False, True)
+ONE = Layout(1)
 
 
 def models(root, dtype):

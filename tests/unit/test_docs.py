@@ -17,6 +17,7 @@ PAGES = [
     "docs/configuration.md",
     "docs/design-notes.md",
     "docs/large-runs.md",
+    "docs/layouts.md",
     "docs/losses.md",
     "docs/rollouts.md",
 ]

@@ -11,6 +11,7 @@ LAYERS = [
     ["cli", "__main__"],
     ["quickstart", "doctor"],
     ["run"],
+    ["evaluation"],
     ["parts"],
     ["sampler"],
     ["inputs"],

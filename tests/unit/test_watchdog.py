@@ -48,7 +48,8 @@ STUCK = """
 
     with watchdog.Watchdog(Path(sys.argv[1]), 0, 1, stall_s=float(sys.argv[2])):
         watchdog.enter("update", 4)
-        for _ in watchdog.counted(range(20)):
+        for _ in range(20):
+            watchdog.beat()
             time.sleep(0.1)
         if sys.argv[3] == "hang":
             stand_still()
