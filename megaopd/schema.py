@@ -11,7 +11,7 @@ from typing import Any
 from megaopd.config import apply_overrides, build, read_toml
 from megaopd.data.config import DataConfig
 from megaopd.errors import UserError
-from megaopd.models.config import ModelConfig
+from megaopd.models.config import LoraConfig, ModelConfig
 from megaopd.objectives.presets import with_preset
 from megaopd.objectives.remote import check_remote
 from megaopd.objectives.spec import ObjectiveConfig
@@ -34,8 +34,13 @@ class RunConfig:
     dir: str = "runs/opd"  # everything the run leaves behind
     steps: int = 100  # optimizer steps
     seed: int = 0  # of sampling and of the RNG tracker
+    # A run in which no rank moves for so long ends, and says which rank holds it up; 0: never. At
+    # most 0.8 x parallel.timeout_minutes, after which a collective would end it without a name.
+    stall_minutes: float = 20.0
 
     def __post_init__(self) -> None:
+        if self.stall_minutes < 0:
+            raise UserError(f"run.stall_minutes = {self.stall_minutes}", expected="0 or more")
         if self.steps < 1:
             raise UserError(f"run.steps = {self.steps}", expected="at least 1")
         if not self.dir:
@@ -75,6 +80,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     student: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     teacher: ModelConfig = field(default_factory=ModelConfig)
     remote_teacher: RemoteTeacherConfig = field(default_factory=RemoteTeacherConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -107,6 +113,12 @@ class Config:
                 f"server.placement = colocated with rollout.staleness = {self.rollout.staleness}",
                 expected="0: on the same GPUs servers and trainer take turns",
                 fix="set rollout.staleness=0, or server.placement=separate",
+            )
+        if self.server.placement == "colocated" and self.optim.cpu_offload:
+            raise UserError(
+                f"server.placement = colocated with optim.cpu_offload = {self.optim.cpu_offload}",
+                expected="0: taking turns puts the whole state on the host while servers sample",
+                fix="set optim.cpu_offload=0.0, or server.placement=separate",
             )
         # Every engine reports the law that it samples from; the data's answers have none.
         if self.remote_teacher.addresses:

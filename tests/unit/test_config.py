@@ -76,8 +76,8 @@ def test_packaged_recipes_load(name):
 def test_the_public_sections_are_pinned():
     sections = {f.name: f.type for f in fields(Config)}
     assert list(sections) == [
-        "run", "student", "teacher", "remote_teacher", "parallel", "data", "rollout", "server",
-        "agent", "objective", "optim", "trainer", "checkpoint", "eval", "report",
+        "run", "student", "lora", "teacher", "remote_teacher", "parallel", "data", "rollout",
+        "server", "agent", "objective", "optim", "trainer", "checkpoint", "eval", "report",
     ]  # fmt: skip
 
 

@@ -23,9 +23,9 @@ LAYERS = [
     ["models"],
     ["data"],
     ["report"],
-    ["launch"],
+    ["launch", "elastic"],
     ["parallel"],
-    ["platform", "faults", "config"],
+    ["platform", "faults", "stop", "watchdog", "config"],
     ["errors"],
 ]
 # A launcher starts a command line in other processes; with one rank, in this one.
