@@ -13,6 +13,7 @@ from megaopd.errors import UserError
 from megaopd.models.arch import architecture, read_hf_config
 from megaopd.models.build import build_model
 from megaopd.models.config import ModelConfig
+from megaopd.models.fp8 import remember_precise
 from megaopd.models.sharded import load_sharded, read_manifest, save_sharded, verify
 from megaopd.models.weights import WeightStream, check_new_dir, export_hf, load_hf_weights
 from megaopd.parallel import Grid
@@ -38,6 +39,7 @@ def load_weights(
         )
     state = load_sharded({"model": model.sharded_state_dict()}, Path(config.path))
     model.load_state_dict(state["model"])
+    remember_precise(model, state["model"])
 
 
 def hf_to_megatron(config: ModelConfig, out: Path, grid: Grid) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megaopd.models.arch import Architecture
+from megaopd.models.fp8 import plain
 from megaopd.models.names import Entry, Replicated, Rule, Split, entries
 from megaopd.parallel import Grid
 
@@ -105,7 +106,7 @@ class WeightStream:
         import torch
         import torch.distributed as dist
 
-        shard = entry.parameter.detach()
+        shard = plain(entry.parameter)
         if self.grid.tp_size == 1 or isinstance(entry.rule, Replicated):
             return entry.rule.merge([shard] * self.grid.tp_size, self.arch)
         shards = [torch.empty_like(shard) for _ in range(self.grid.tp_size)]
@@ -161,7 +162,7 @@ class WeightStream:
         first = self.grid.tp_rank == 0
         if not split and not first:
             return None
-        own = self.own[index].parameter.detach().to(entry.dtype).contiguous()
+        own = plain(self.own[index].parameter).to(entry.dtype).contiguous()
         if not split:
             return own[None]
         # Not dist.gather: over gloo it takes room for all shards once more.

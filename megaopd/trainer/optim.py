@@ -27,6 +27,7 @@ def wrap_ddp(model: Any, config: OptimConfig, grid: Grid) -> Any:
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=False,
             check_for_nan_in_grad=True,
+            fp8_param_gather=bool(model.config.fp8_param),
         ),
         module=model,
         pg_collection=grid.groups,
@@ -60,6 +61,8 @@ def make_optimizer(ddp: Any, config: OptimConfig, grid: Grid) -> Any:
             clip_grad=config.clip_grad,
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
+            # How FP8 parameters are made from the optimizer's copies.
+            fp8_recipe=ddp.config.fp8_recipe if ddp.config.fp8_param else None,
             use_distributed_optimizer=config.distributed,
         ),
         [ddp],
