@@ -5,6 +5,7 @@ its functions still read the global parallel_state, so the grid is made there an
 collection.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,10 +28,14 @@ class ParallelConfig:
     context: int = 1  # context parallel size: every sequence is split
     expert: int = 1  # expert parallel size: experts are split over data and context parallel ranks
     sequence: bool = False  # sequence parallel: norms and residuals are split over the tensor ranks
+    # Each rank's part of a sequence is padded to a multiple of this: FP8 on a GPU needs 16,
+    # blockwise 128, mxfp8 32.
+    pad_multiple: int = 1
     timeout_minutes: int = 30  # a collective that waits longer than this ends the run
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "virtual", "context", "expert", "timeout_minutes"):
+        sizes = ("tensor", "pipeline", "virtual", "context", "expert")
+        for name in (*sizes, "pad_multiple", "timeout_minutes"):
             if getattr(self, name) < 1:
                 raise UserError(
                     f"parallel.{name} = {getattr(self, name)}", expected="an integer of at least 1"
@@ -84,6 +89,12 @@ class Grid:
     @property
     def ep_size(self) -> int:
         return self.config.expert
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the length of a padded sequence is a multiple of."""
+        parts = self.cp_size * (self.tp_size if self.config.sequence else 1)
+        return math.lcm(self.tp_size, parts * self.config.pad_multiple)
 
     @property
     def is_first_stage(self) -> bool:

@@ -35,7 +35,7 @@ PROMPTS = [
 ]
 WARM = 4  # the last prompts: delayed scales are filled from these, never from what is measured
 NEW_TOKENS, BATCH = 48, 4
-NOISE = 0.08  # standard deviation of the student's noise, as a part of each matrix's own
+NOISE = 0.04  # standard deviation of the student's noise, as a part of each matrix's own
 FP8 = {"current": {}, "blockwise": {}, "delayed": {"fp8_history": 16}}
 CASES: dict[str, dict[str, Any]] = {
     "fp32": {},

@@ -107,7 +107,7 @@ def build_model(
         pg_collection=grid.groups,
     )
     _mark_tensor_parallel(built)
-    apply_fp8(built, model)
+    apply_fp8(built, model, grid)
     return built
 
 

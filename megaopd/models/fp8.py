@@ -13,6 +13,7 @@ from typing import Any
 from megaopd import platform
 from megaopd.errors import UserError
 from megaopd.models.config import ModelConfig
+from megaopd.parallel import Grid, ParallelConfig
 
 # megatron-core's names.
 RECIPES = {
@@ -81,22 +82,23 @@ def _check_machine(model: ModelConfig) -> None:
         )
 
 
-def token_multiple(model: ModelConfig, *, sequence_parallel: bool) -> int:
-    """What the tokens of one forward pass must be a multiple of on every rank; 1 if emulated.
+def _check_padding(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """For a weight's gradient tensor cores sum over 16 tokens (mxfp8: 32); blockwise has tiles of
+    128 and under sequence parallel gathers whole ones. The emulation takes any number."""
+    multiple = {"mxfp8": 32, "blockwise": 128}.get(model.fp8, 16)
+    if parallel.pad_multiple % multiple:
+        raise UserError(
+            f"fp8 = {model.fp8} with parallel.pad_multiple = {parallel.pad_multiple}",
+            expected=f"a multiple of {multiple}: tokens that Transformer Engine's kernels take",
+            fix=f"set parallel.pad_multiple={multiple}",
+        )
 
-    The tensor cores sum over 16 tokens (mxfp8: 32) for a weight's gradient; blockwise scales 128,
-    and under sequence parallel gathers whole blocks.
-    """
-    if model.fp8 == "none" or not platform.use_transformer_engine():
-        return 1
-    return {"mxfp8": 32, "blockwise": 128}.get(model.fp8, 16)
 
-
-def apply_fp8(built: Any, model: ModelConfig) -> None:
+def apply_fp8(built: Any, model: ModelConfig, grid: Grid) -> None:
     """Make the built model an FP8 one: the hook at the end of build_model.
 
     Raises:
-        UserError: a matrix that FP8 tensor cores cannot take, or nothing left to be FP8.
+        UserError: a matrix or a padding that FP8 tensor cores cannot take, or no layer left.
     """
     built.register_load_state_dict_pre_hook(_drop_foreign_scales)
     if model.fp8 == "none":
@@ -117,6 +119,7 @@ def apply_fp8(built: Any, model: ModelConfig) -> None:
                 fix="lower parallel.tensor, or set fp8=none for this model",
             )
     if platform.use_transformer_engine():
+        _check_padding(model, grid.config)
         if model.fp8 == "delayed":
             _keep_scales_without_gradients(built)
     else:

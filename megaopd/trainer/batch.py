@@ -81,7 +81,7 @@ def make_micro_batches(
             expected="samples that fit",
             fix="raise trainer.max_sequence, or lower rollout.max_new_tokens",
         )
-    batch = pad_batch(samples, pad_id=pad_id, multiple_of=grid.tp_size)
+    batch = pad_batch(samples, pad_id=pad_id, multiple_of=grid.sequence_multiple)
     if remote is not None:
         batch = replace(batch, loss_mask=remote.keep_scored(batch.loss_mask, samples))
     options: dict[str, Any] = {} if loss_agg == "token-mean" else {"num_samples": count}

@@ -184,9 +184,11 @@ PP2 = ((1, 2, False), 3, 1e-5)
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_trajectory_under_every_layout(ranks, checkpoints, recipe):
-    """Pipeline stages do the same sums: nearly bit for bit, over all steps. Tensor ranks sum in
-    another order, which carries single numbers over the edge between two FP8 numbers (a step of 6%);
-    the first step tells, later ones drift apart in this random model as the run without FP8 does."""
+    """Pipeline stages do the same sums: nearly bit for bit, until rounding meets an FP8 edge.
+
+    Tensor ranks sum in another order, which carries single numbers over the edge between two FP8
+    numbers (a step of 6%). The first step tells; later ones drift apart in this random model.
+    """
     settings = RECIPES[recipe]
     ((want, _),) = ranks.run(trajectory, 1, checkpoints, (1, 1, False), settings)
     ((plain, _),) = ranks.run(trajectory, 1, checkpoints, (1, 1, False), {"fp8": "none"})

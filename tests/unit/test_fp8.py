@@ -253,3 +253,58 @@ def test_formats_by_recipe():
     assert ModelConfig(fp8="delayed", fp8_format="e4m3").fp8_backward == "e4m3"
     names = {f.name for f in dataclasses.fields(ModelConfig)}
     assert {"fp8", "fp8_format", "fp8_params"} <= names
+
+
+def test_names_of_both_layer_specs():
+    """Transformer Engine's parameter names are those under which megatron-core's local layers save:
+    a distributed checkpoint of one loads into the other."""
+    from megaopd import platform
+
+    platform.install()
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from megaopd.models.names import LAYER_TABLE, TE_TO_LOCAL
+
+    spec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    saved_as = spec.submodules.sharded_state_dict_keys_map
+
+    def saved(local):
+        for ours, theirs in saved_as.items():
+            if local.startswith(ours):
+                return theirs + local.removeprefix(ours)
+        return local
+
+    dense = {"input_layernorm.weight", "pre_mlp_layernorm.weight"}
+    of_te = {local: te for te, local in TE_TO_LOCAL.items()}
+    assert dense <= of_te.keys()
+    for local in LAYER_TABLE:
+        assert saved(local) == of_te.get(local, local), local
+
+
+def test_scales_of_another_kind_of_layer_begin_anew():
+    """What a checkpoint may hold for a layer: nothing, bytes of Transformer Engine, our dict."""
+    from megaopd.models.fp8 import _drop_foreign_scales
+
+    class Layer(torch.nn.Module):
+        def __init__(self, scaling):
+            super().__init__()
+            self.scaling = scaling
+
+        def get_extra_state(self):
+            return self.scaling.state()
+
+        def set_extra_state(self, state):
+            if isinstance(state, dict):
+                self.scaling.load(state)
+
+    def make():
+        return DelayedScaling("e5m2", history=2, latest=False, margin=0)
+
+    model = torch.nn.Sequential(Layer(make()), Layer(make()))
+    model.register_load_state_dict_pre_hook(_drop_foreign_scales)
+    used = make()
+    used.update("input", torch.tensor(2.0))
+    model.load_state_dict({"0._extra_state": used.state(), "1._extra_state": torch.zeros(9)})
+    assert float(model[0].scaling.scale["input"]) == 224.0
+    assert float(model[1].scaling.scale["input"]) == 1.0
+    model.load_state_dict({})  # a checkpoint without any scales is not an error
