@@ -37,6 +37,8 @@ WARM = 4  # the last prompts: delayed scales are filled from these, never from w
 NEW_TOKENS, BATCH = 48, 4
 NOISE = 0.04  # standard deviation of the student's noise, as a part of each matrix's own
 FP8 = {"current": {}, "blockwise": {}, "delayed": {"fp8_history": 16}}
+GRADIENT = ("fp32/cosine", "bf16/cosine", "fp32/relative error", "fp32/norm ratio")
+GRADIENT += ("fp32/worst matrix",)
 CASES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"dtype": "bfloat16"},
@@ -168,10 +170,15 @@ class Study:
         return made
 
     def gradient(self, student: Any, teacher: Any, batches: list[Any]) -> dict[str, Any]:
-        """Of every parameter, fp32; the optimizer takes no step."""
-        hidden = teacher.hidden_states(batches)
+        """Of every parameter, fp32; the optimizer takes no step. Without a teacher: that of sft."""
+        from megaopd.objectives.spec import ObjectiveConfig
+
+        hidden = teacher.hidden_states(batches) if teacher else None
+        plain = ObjectiveConfig(loss="sft", chunk_size=256)
+        student.objective = self.objective if teacher else plain
         student.ddp.zero_grad_buffer()
         student._pass(batches, teacher, hidden, forward_only=False)
+        student.objective = self.objective
         return {name: p.main_grad.clone() for name, p in student.model.named_parameters()}
 
 
@@ -190,8 +197,17 @@ def measure(study: Study, *, cold: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     batches = study.batches()
     grads = study.gradient(student, low, batches)  # first: a cold case has its scales at 1
-    found["gradient"] = compare(grads, study.work, settings)
+    found["gradient"] = compare(grads, study.work, settings, "rkl")
     if not cold:
+        grads = study.gradient(student, None, batches)
+        found["gradient sft"] = compare(grads, study.work, settings, "sft")
+        if settings:
+            grads = study.gradient(student, teachers["ref"], batches)
+            found["gradient student"] = compare(grads, study.work, settings, "")
+            plain = study.student(reference, trained=True)
+            grads = study.gradient(plain, low, batches)
+            found["gradient teacher"] = compare(grads, study.work, settings, "")
+            del plain, grads
         for engine in ("fp32", "bf16"):
             scored = student.score(study.batches(engine), teachers["ref"])
             for name in ("rollout_log_prob_diff", "rollout_k3", "rollout_ess"):
@@ -207,17 +223,23 @@ def measure(study: Study, *, cold: bool) -> dict[str, Any]:
     return found
 
 
-def compare(grads: dict[str, Any], work: Path, settings: dict[str, Any]) -> dict[str, float]:
-    """Cosine and relative error against the fp32 and bf16 gradients, which are kept in `work`."""
+def compare(
+    grads: dict[str, Any], work: Path, settings: dict[str, Any], loss: str
+) -> dict[str, float]:
+    """Cosine and relative error against the fp32 and bf16 gradients, which are kept in `work`.
+
+    loss: rkl, sft; "": rkl, and not to be kept.
+    """
     import torch
     from safetensors.torch import load_file, save_file
 
     own = {(): "fp32", (("dtype", "bfloat16"),): "bf16"}.get(tuple(settings.items()))
-    if own:
-        save_file({n: g.contiguous() for n, g in grads.items()}, work / f"grad-{own}.safetensors")
+    if own and loss:
+        path = work / f"{loss}-{own}.safetensors"
+        save_file({n: g.contiguous() for n, g in grads.items()}, path)
     found: dict[str, float] = {}
     for name in ("fp32", "bf16"):
-        path = work / f"grad-{name}.safetensors"
+        path = work / f"{loss or 'rkl'}-{name}.safetensors"
         if not path.is_file():
             continue
         want = load_file(path)
@@ -280,16 +302,17 @@ def report(arguments: argparse.Namespace) -> None:
             lines.append(f"| {row['case']} | {' | '.join(cells)} | {row['kl own']:.6f} |")
     lines += [
         "",
-        "| recipe | gradient: cosine to fp32 | to bf16 | relative error | norm | worst matrix |",
-        "|---|---|---|---|---|---|",
+        "| gradient | cosine to fp32 | to bf16 | relative error | norm | worst matrix "
+        "| FP8 in the student only | in the teacher only | of sft |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         g = row["gradient"]
-        near = f"{g['bf16/cosine']:.5f}" if "bf16/cosine" in g else "-"
-        lines.append(
-            f"| {row['case']} | {g['fp32/cosine']:.5f} | {near} | {g['fp32/relative error']:.3f} | "
-            f"{g['fp32/norm ratio']:.3f} | {g['fp32/worst matrix']:.4f} |"
-        )
+        cells = [f"{g[name]:.4f}" if name in g else "-" for name in GRADIENT]
+        for which in ("student", "teacher", "sft"):
+            other = row.get(f"gradient {which}")
+            cells.append(f"{other['fp32/cosine']:.4f}" if other else "-")
+        lines.append(f"| {row['case']} | {' | '.join(cells)} |")
     lines += [
         "",
         "| trainer | engine fp32: mean abs diff | k3 | ESS | bf16: mean abs diff | k3 | ESS |",
