@@ -102,6 +102,13 @@ def use_transformer_engine() -> bool:
     return True
 
 
+def compute_capability() -> tuple[int, int] | None:
+    """(major, minor) of this rank's GPU, e.g. (9, 0) for an H100; None where there is none."""
+    import torch
+
+    return torch.cuda.get_device_capability(device()) if has_gpu() else None
+
+
 def has_apex_wgrad_fusion() -> bool:
     """True where apex's fused weight-gradient accumulation imports (it has no fallback)."""
     if not has_gpu():

@@ -102,6 +102,8 @@ class Config:
                 expected="the directory of a Hugging Face or Megatron checkpoint",
             )
         self._check_teacher()
+        if self.student.fp8_params:
+            self._check_fp8_params()
         if self.rollout.engine == "embedded" and self.server != ServerConfig():
             raise UserError(
                 "[server] is set with rollout.engine = embedded",
@@ -146,8 +148,28 @@ class Config:
                 expected="a warm-up that ends within the run",
             )
 
+    def _check_fp8_params(self) -> None:
+        if not self.optim.distributed:
+            raise UserError(
+                "student.fp8_params = true with optim.distributed = false",
+                expected="the distributed optimizer, which makes FP8 parameters of its copies",
+                fix="set optim.distributed=true, or student.fp8_params=false",
+            )
+        if self.server.placement == "colocated":
+            raise UserError(
+                "student.fp8_params = true with server.placement = colocated",
+                expected="parameters that can be put away: FP8 ones are not plain tensors",
+                fix="set student.fp8_params=false, or server.placement=separate",
+            )
+
     def _check_teacher(self) -> None:
         """One teacher where the objective needs one, none where it does not."""
+        if self.teacher.fp8 == "delayed":
+            raise UserError(
+                "teacher.fp8 = delayed",
+                expected="a recipe whose scales need no history: a teacher never trains",
+                fix="set teacher.fp8=current or blockwise",
+            )
         path, addresses = self.teacher.path, self.remote_teacher.addresses
         if path and addresses:
             raise UserError(

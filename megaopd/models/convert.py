@@ -15,6 +15,7 @@ from megaopd.models.arch import architecture, read_hf_config
 from megaopd.models.build import build_model
 from megaopd.models.chunks import as_chunks, load_chunks, sharded_chunks
 from megaopd.models.config import LoraConfig, ModelConfig
+from megaopd.models.fp8 import remember_precise
 from megaopd.models.lora import add_adapters, fold
 from megaopd.models.sharded import load_sharded, read_manifest, save_sharded, verify
 from megaopd.models.weights import WeightStream, check_new_dir, export_hf, load_hf_weights
@@ -44,7 +45,11 @@ def load_weights(
     if lora:
         _load_base(model, config, lora.pop("base"), arch, grid)
         add_adapters(model, LoraConfig(**{**lora, "targets": tuple(lora["targets"])}))
-    load_chunks(chunks, load_sharded(sharded_chunks(chunks), Path(config.path)))
+    wanted = sharded_chunks(chunks)
+    state = load_sharded(wanted, Path(config.path))
+    load_chunks(chunks, state)
+    for chunk, name in zip(chunks, wanted, strict=True):
+        remember_precise(chunk, state[name])
     if lora:
         fold(model)
 

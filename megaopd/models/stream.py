@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megaopd.models.arch import Architecture
+from megaopd.models.fp8 import plain
 from megaopd.models.lora import merged
 from megaopd.models.names import Entry, Replicated, Rule, Split, entries
 from megaopd.parallel import Grid
@@ -109,7 +110,7 @@ class WeightStream:
         import torch
         import torch.distributed as dist
 
-        shard = merged(entry.parameter)
+        shard = values_of(entry.parameter)
         if self.grid.tp_size == 1 or isinstance(entry.rule, Replicated):
             return entry.rule.merge([shard] * self.grid.tp_size, self.arch)
         shards = [torch.empty_like(shard) for _ in range(self.grid.tp_size)]
@@ -165,7 +166,7 @@ class WeightStream:
         first = self.grid.tp_rank == 0
         if not split and not first:
             return None
-        own = merged(self.own[index].parameter).to(entry.dtype).contiguous()
+        own = values_of(self.own[index].parameter).to(entry.dtype).contiguous()
         if not split:
             return own[None]
         # Not dist.gather: over gloo it takes room for all shards once more.
@@ -185,6 +186,11 @@ class WeightStream:
         for call in dist.batch_isend_irecv(calls):
             call.wait()
         return shards
+
+
+def values_of(parameter: Any) -> Any:
+    """What others are to see of a parameter: dequantised, and with its adapter merged in."""
+    return merged(parameter) if hasattr(parameter, "adapter") else plain(parameter)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ def wrap_ddp(chunks: list[Any], config: OptimConfig, grid: Grid) -> list[Any]:
                 grad_reduce_in_fp32=True,
                 overlap_grad_reduce=False,
                 check_for_nan_in_grad=True,
+                fp8_param_gather=bool(chunk.config.fp8_param),
             ),
             module=chunk,
             pg_collection=grid.groups,
@@ -68,12 +69,12 @@ def check_optimizer(config: OptimConfig) -> None:
         )
 
 
-def optimizer_config(config: OptimConfig, dtype: Any) -> Any:
-    """megatron-core's OptimizerConfig for parameters of `dtype`."""
+def optimizer_config(config: OptimConfig, model: Any) -> Any:
+    """megatron-core's OptimizerConfig for a model of this TransformerConfig."""
     import torch
     from megatron.core.optimizer import OptimizerConfig
 
-    moments = getattr(torch, config.state_dtype)
+    moments, dtype = getattr(torch, config.state_dtype), model.params_dtype
     return OptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -85,6 +86,8 @@ def optimizer_config(config: OptimConfig, dtype: Any) -> Any:
         clip_grad=config.clip_grad,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
+        # How FP8 parameters are made from the optimizer's copies.
+        fp8_recipe=model.fp8_recipe if model.fp8_param else None,
         use_distributed_optimizer=config.distributed,
         # The host's share goes through the same code path as moments of another dtype.
         use_precision_aware_optimizer=config.cpu_offload > 0 or moments != torch.float32,
@@ -101,7 +104,7 @@ def make_optimizer(ddp: list[Any], config: OptimConfig, grid: Grid) -> Any:
     from megatron.core.optimizer import get_megatron_optimizer
 
     return get_megatron_optimizer(
-        optimizer_config(config, ddp[0].config.params_dtype),
+        optimizer_config(config, ddp[0].config),
         ddp,
         use_gloo_process_groups=False,
         pg_collection=grid.groups,

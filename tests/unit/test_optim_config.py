@@ -1,5 +1,7 @@
 """Where the optimizer's state lives: what is refused, and what megatron-core is told."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from megaopd import platform
@@ -39,7 +41,8 @@ def told(values):
     from megaopd.trainer.optim import optimizer_config
 
     original, module.is_te_min_version = module.is_te_min_version, lambda version: True
-    made = optimizer_config(OptimConfig(**values), torch.bfloat16)
+    model = SimpleNamespace(params_dtype=torch.bfloat16, fp8_param=False, fp8_recipe=None)
+    made = optimizer_config(OptimConfig(**values), model)
     module.is_te_min_version = original
     names = "optimizer_cpu_offload optimizer_offload_fraction use_precision_aware_optimizer"
     return [getattr(made, name) for name in (*names.split(), "overlap_cpu_optimizer_d2h_h2d")]
