@@ -10,9 +10,35 @@ from megaopd import config as config_io
 from megaopd.data.config import DataConfig
 from megaopd.data.prompts import fixed_set
 from megaopd.data.tasks import score
+from megaopd.data.tokenizer import check_same_tokenizer, load_tokenizer
 from megaopd.data.types import Prompt, Sample
 from megaopd.errors import UserError
+from megaopd.models.arch import Architecture, architecture, check_layout, read_hf_config
+from megaopd.models.config import ModelConfig
 from megaopd.schema import Config
+
+
+def run_tokenizer(config: Config) -> Any:
+    """The student's tokenizer, checked."""
+    tokenizer = load_tokenizer(config.student.hf_dir)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {config.student.path} has no end token",
+            expected="eos_token in tokenizer_config.json: responses end with it",
+        )
+    return tokenizer
+
+
+def frozen_teachers(config: Config, tokenizer: Any) -> dict[str, tuple[ModelConfig, Architecture]]:
+    """Every teacher with a checkpoint of its own, checked."""
+    layout = config.parallel if config.teacher.placement == "same" else config.teacher_parallel
+    found: dict[str, tuple[ModelConfig, Architecture]] = {}
+    for name, model in config.local_teachers.items():
+        check_same_tokenizer(tokenizer, load_tokenizer(model.hf_dir))
+        arch = architecture(read_hf_config(model.hf_dir), where=model.path)
+        check_layout(arch, layout, who=f"teacher {name}".strip())
+        found[name] = model, arch
+    return found
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -62,6 +88,9 @@ def held_out(config: Config, tokenizer: Any) -> list[Prompt]:
     return fixed_set(data, tokenizer, config.eval.prompts)
 
 
+_MAY_CHANGE = ("run.steps", "teacher.placement", "teacher.window", "teacher.offload")
+
+
 def check_run_dir(config: Config, *, has_checkpoints: bool) -> None:
     """Refuse to go on with another run's checkpoints.
 
@@ -80,10 +109,12 @@ def check_run_dir(config: Config, *, has_checkpoints: bool) -> None:
     before = config_io.read_toml(directory / "config.toml")
     changed = []
     for section, values in config_io.to_dict(config).items():
-        if section in ("parallel", "server", "checkpoint", "report", "eval"):
+        if section in ("parallel", "teacher_parallel", "server", "checkpoint", "report", "eval"):
             continue
         for key, value in values.items():
-            if (section, key) != ("run", "steps") and before.get(section, {}).get(key) != value:
+            if f"{section}.{key}" in _MAY_CHANGE:
+                continue
+            if before.get(section, {}).get(key) != value:
                 changed.append(f"{section}.{key}: {before.get(section, {}).get(key)} -> {value}")
     if changed:
         raise UserError(

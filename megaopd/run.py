@@ -10,6 +10,7 @@ from megaopd import faults
 from megaopd.parts import Parts, build_parts
 from megaopd.report.progress import progress
 from megaopd.schema import Config
+from megaopd.teacher_ranks import serve_teachers, teacher_ranks
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -18,12 +19,16 @@ def train(config: Config) -> dict[str, Any]:
     A collective over all ranks of the job.
 
     Returns:
-        The summary that is also written to run.dir/summary.json.
+        The summary that is also written to run.dir/summary.json; {} on ranks of the teacher's own.
 
     Raises:
         UserError: the input does not fit together; nothing has been trained yet.
     """
-    with build_parts(config) as parts:
+    bridge = teacher_ranks(config)
+    if bridge is not None and bridge.is_teacher:
+        serve_teachers(config, bridge)
+        return {}
+    with build_parts(config, bridge=bridge) as parts:
         steps = range(parts.first_step, config.run.steps)
         parts.evaluate_at(parts.first_step)
         with progress("steps", len(steps), enabled=parts.is_main and len(steps) > 0) as advance:
@@ -52,7 +57,11 @@ def one_step(parts: Parts, step: int) -> None:
 
 def evaluate(config: Config) -> dict[str, float]:
     """Evaluate config.student on the held-out prompts, printing and returning the figures."""
-    with build_parts(config, training=False) as parts:
+    bridge = teacher_ranks(config)
+    if bridge is not None and bridge.is_teacher:
+        serve_teachers(config, bridge)
+        return {}
+    with build_parts(config, training=False, bridge=bridge) as parts:
         result = parts.evaluate(step=0)
         if parts.is_main:
             for name, value in result.items():
