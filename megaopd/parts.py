@@ -259,7 +259,7 @@ class Parts:
             metrics = self.student.update(micro_batches, self.teacher)
             if self.teacher is not None:
                 self.teacher.after_update(epoch=self.sampler.cursor["epoch"])
-                metrics |= self.teacher.metrics()
+                metrics |= self.teacher.metrics()  # of all ranks
             return metrics
 
     def log(self, step: int, metrics: dict[str, float], samples: Sequence[Sample]) -> None:

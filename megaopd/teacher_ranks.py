@@ -12,7 +12,10 @@ def teacher_ranks(config: Config) -> Bridge | None:
     Every rank calls it first; one of the teacher's then calls `serve_teachers` and nothing else.
     """
     count = config.teacher_parallel.ranks
-    return join_worlds(count, timeout_minutes=config.parallel.timeout_minutes) if count else None
+    if not count:
+        return None
+    frozen_teachers(config, run_tokenizer(config))  # refused here, while all ranks are one job
+    return join_worlds(count, timeout_minutes=config.parallel.timeout_minutes)
 
 
 def serve_teachers(config: Config, bridge: Bridge) -> None:

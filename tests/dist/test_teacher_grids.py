@@ -12,7 +12,7 @@ from tests.dist.layouts import differences, samples
 from tests.dist.models import save_tiny
 
 STEPS = 4
-# world, student (tensor, pipeline, sequence), teacher (tensor, pipeline, sequence)
+# world, student (tensor, pipeline, sequence, context, virtual), teacher likewise
 REGROUPED = {
     "student tp2, teacher pp2": (2, (2, 1, False), (1, 2, False)),
     "student dp2, teacher tp2": (2, (1, 1, False), (2, 1, False)),
@@ -20,6 +20,9 @@ REGROUPED = {
     "student tp2-pp2, teacher dp4": (4, (2, 2, False), (1, 1, False)),
     "student tp2-dp2-sp, teacher tp2-pp2-sp": (4, (2, 1, True), (2, 2, True)),
     "student pp2-dp2, teacher tp2-dp2": (4, (1, 2, False), (2, 1, False)),
+    "student cp2, teacher dp2": (2, (1, 1, False, 2), (1, 1, False)),
+    "student tp2-sp-cp2, teacher pp2-dp2": (4, (2, 1, True, 2), (1, 2, False)),
+    "student pp2-vp2, teacher tp2": (2, (1, 2, False, 1, 2), (2, 1, False)),
 }
 # students, teachers, student, teacher
 SEPARATE = {
@@ -52,8 +55,8 @@ def archs(paths):
 def parallel(layout):
     from megaopd.parallel import ParallelConfig
 
-    tensor, pipeline, sequence = layout
-    return ParallelConfig(tensor, pipeline, sequence=sequence)
+    tensor, pipeline, sequence, context, virtual = (*layout, 1, 1)[:5]
+    return ParallelConfig(tensor, pipeline, virtual, context, sequence=sequence)
 
 
 def make_student(path, arch, grid, steps=STEPS, dtype="float32", **values):
@@ -67,14 +70,19 @@ def make_student(path, arch, grid, steps=STEPS, dtype="float32", **values):
     return Student(ModelConfig(path, dtype), arch, grid, objective, optim, total_steps=steps)
 
 
-def train(student, teacher, grid, batch=samples, steps=STEPS, first=0):
-    """(curve, weights) as test_trajectory.differences compares them."""
+def train(student, teacher, grid, batch=samples, steps=STEPS, first=0, packed=0):
+    """(curve, weights) as layouts.differences compares them; packed: tokens of a row."""
     from megaopd.trainer.batch import make_micro_batches
 
     curve = []
     for step in range(first, steps):
         micro_batches = make_micro_batches(
-            batch(step), grid=grid, micro_batch_size=2, pad_id=0, loss_agg="token-mean"
+            batch(step),
+            grid=grid,
+            micro_batch_size=1 if packed else 2,
+            micro_batch_tokens=packed,
+            pad_id=0,
+            loss_agg="token-mean",
         )
         metrics = student.update(micro_batches, teacher)
         teacher.after_update()
@@ -95,7 +103,7 @@ def privileged(step):
 BATCHES = {"plain": samples, "privileged": privileged}
 
 
-def same_ranks(paths, student_layout, teacher_layout, batch="plain"):
+def same_ranks(paths, student_layout, teacher_layout, batch="plain", packed=0):
     from megaopd.models.arch import padded_vocab
     from megaopd.models.config import ModelConfig
     from megaopd.parallel import make_grid
@@ -112,7 +120,7 @@ def same_ranks(paths, student_layout, teacher_layout, batch="plain"):
     else:
         layout = second_layout(parallel(teacher_layout))
         teacher = RegroupedTeacher(config, teacher_arch, grid, layout, vocab_rows=rows)
-    return train(student, teacher, grid, BATCHES[batch])
+    return train(student, teacher, grid, BATCHES[batch], packed=packed)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +150,14 @@ def test_another_layout_on_the_same_ranks(ranks, checkpoints, reference, name, t
     world, student, teacher = REGROUPED[name]
     per_rank = ranks.run(same_ranks, world, checkpoints[tied], student, teacher)
     assert_same(reference(tied), per_rank, name)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_packed_rows_of_the_student(ranks, checkpoints, reference, batch):
+    """The teacher scores sequences, whatever rows the student packs them into."""
+    for student, teacher in (((1, 2, False), (1, 1, False)), ((2, 1, True), (1, 2, False))):
+        found = ranks.run(same_ranks, 2, checkpoints[True], student, teacher, batch, 40)
+        assert_same(reference(True, batch), found, f"packed, {batch}")
 
 
 def own_ranks(paths, teachers, student_layout, teacher_layout, batch="plain", window=2):

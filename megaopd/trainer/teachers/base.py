@@ -50,7 +50,7 @@ class BaseTeacher:
         return ()
 
     def metrics(self) -> dict[str, float]:
-        """Of what happened since the last call, by the name that it is logged under."""
+        """Of what happened on all ranks since the last call, as it is logged. A collective."""
         return {}
 
     def close(self) -> None:

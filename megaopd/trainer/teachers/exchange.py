@@ -181,7 +181,7 @@ class RegroupedTeacher(BaseTeacher):
 
     def metrics(self) -> dict[str, float]:
         sent, self._seen = self.exchange.sent_bytes - self._seen, self.exchange.sent_bytes
-        return {"teacher/sent_bytes": float(sent)}
+        return {"teacher/sent_bytes": float(sum(gather_objects(sent)))}
 
 
 def build_scorer(config: ModelConfig, arch: Architecture, layout: Layout) -> Any:

@@ -96,9 +96,9 @@ class SeparateTeacher(BaseTeacher):
         return () if self.head is None else (self.head,)
 
     def metrics(self) -> dict[str, float]:
-        """Bytes of hidden states that this rank received."""
+        """Bytes of hidden states that the student's ranks received."""
         received, self.received_bytes = self.received_bytes, 0
-        return {"teacher/received_bytes": float(received)}
+        return {"teacher/received_bytes": float(sum(gather_objects(received)))}
 
     def close(self) -> None:
         """The teacher's ranks end their service (once, whichever of several teachers closes)."""
