@@ -141,11 +141,11 @@ def _in_ranks(arguments: argparse.Namespace, config: Any, here: Any) -> int:
         check_restarts()
         stop.listen()
         return here()
-    ranks = arguments.ranks or config.parallel.model_parallel
-    if ranks % config.parallel.model_parallel:
-        raise UserError(
-            f"--ranks {ranks}", expected=f"a multiple of {config.parallel.model_parallel} (tp x pp)"
-        )
+    own, teachers = config.parallel.model_parallel, config.teacher_parallel.ranks
+    ranks = arguments.ranks or config.ranks
+    if ranks <= teachers or (ranks - teachers) % own:
+        also = f", and {teachers} for the teacher" if teachers else ""
+        raise UserError(f"--ranks {ranks}", expected=f"a multiple of {own} (tp x pp){also}")
     return run_ranks(arguments.argv, ranks, port=arguments.port, restarts=arguments.restarts)
 
 

@@ -98,9 +98,10 @@ def objective_pass(
         model: the student's stage or its chunks (wrapped in DDP where gradients are wanted).
         output_weight: callable that gives the student's [Vp, H] shard; used on the last stage.
         vocab: ids that are real in both models; logits of padded ids count for nothing.
-        teacher_hidden: one [T, Ht] per micro-batch on the last stage, or None for sft and for a
-            teacher on servers, whose scores are in the micro-batches.
-        teacher_weight: callable that gives the teacher's [Vp, Ht] shard on the same partition.
+        teacher_hidden: one [T, Ht] per micro-batch on the last stage, or a function that gives it
+            when its turn comes; None for sft and for a teacher on servers, whose scores are in the
+            micro-batches.
+        teacher_weight: gives the shard [Vp, Ht] of a micro-batch's teacher on the same partition.
 
     Returns:
         loss (the objective as weighted) and token means, equal on every rank: see `_metrics`.
@@ -119,10 +120,11 @@ def objective_pass(
         import torch
 
         weight = output_weight()
+        hidden_t = hidden_t() if callable(hidden_t) else hidden_t
         result = fused_linear_objectives(
             micro.select(hidden),
             weight,
-            micro.remote if hidden_t is None else OutputLayer(hidden_t, teacher_weight()),
+            micro.remote if hidden_t is None else OutputLayer(hidden_t, teacher_weight(micro)),
             _weighted(terms, micro),
             labels=micro.labels_T if objective.passes_labels else None,
             vocab_size=vocab,

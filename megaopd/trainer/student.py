@@ -20,7 +20,7 @@ from megaopd.trainer.log_probs import sequence_log_probs
 from megaopd.trainer.optim import check_optimizer, make_optimizer, make_schedule, wrap_ddp
 from megaopd.trainer.pace import Pace
 from megaopd.trainer.step import objective_pass
-from megaopd.trainer.teacher import Teacher
+from megaopd.trainer.teachers.base import BaseTeacher
 
 
 class Student:
@@ -54,6 +54,7 @@ class Student:
         self.arch, self.grid, self.objective = arch, grid, objective
         self.vocab = vocab or arch.vocab
         rows = vocab_rows or padded_vocab(arch.vocab, grid.tp_size, config.vocab_multiple)
+        self.vocab_rows = rows
         chunks = build_chunks(arch, config, grid, vocab_rows=rows)
         self.chunks = [chunk.to(platform.device()) for chunk in chunks]
         load_weights(self.chunks, config, arch, grid, progress=progress)
@@ -91,7 +92,7 @@ class Student:
         return WeightStream(self.chunks, self.arch, self.grid, only_rank_0=only_rank_0)
 
     def update(
-        self, micro_batches: Sequence[MicroBatch], teacher: Teacher | None = None
+        self, micro_batches: Sequence[MicroBatch], teacher: BaseTeacher | None = None
     ) -> dict[str, float]:
         """One optimizer step; the objective's metrics with grad_norm and lr, equal on every rank.
 
@@ -128,7 +129,7 @@ class Student:
         )
 
     def score(
-        self, micro_batches: Sequence[MicroBatch], teacher: Teacher | None = None
+        self, micro_batches: Sequence[MicroBatch], teacher: BaseTeacher | None = None
     ) -> dict[str, float]:
         """The objective's metrics on these micro-batches: no gradient, no importance weights."""
         import torch
@@ -140,7 +141,7 @@ class Student:
     def _pass(
         self,
         micro_batches: Sequence[MicroBatch],
-        teacher: Teacher | None,
+        teacher: BaseTeacher | None,
         hidden: list[Any] | None,
         *,
         forward_only: bool,

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import tomllib
+import typing
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,11 @@ from megaopd.recipes import recipe
 from megaopd.schema import Config, load_config
 
 ROOT = Path(__file__).parents[2]
-SECTIONS = {f.name: f.type for f in dataclasses.fields(Config)}
+# dict[str, X] is a section for each name: [teachers.NAME].
+SECTIONS = {
+    f.name: typing.get_args(f.type)[1] if typing.get_args(f.type) else f.type
+    for f in dataclasses.fields(Config)
+}
 PAGES = [
     "README.md",
     "docs/configuration.md",
@@ -20,6 +25,7 @@ PAGES = [
     "docs/layouts.md",
     "docs/losses.md",
     "docs/rollouts.md",
+    "docs/teachers.md",
 ]
 
 
@@ -29,7 +35,7 @@ def documented() -> dict[str, dict[str, str]]:
     current: list[str] = []
     for line in (ROOT / "docs/configuration.md").read_text().splitlines():
         if line.startswith("## "):
-            current = re.findall(r"\[(\w+)\]", line)
+            current = re.findall(r"\[(\w+)(?:\.NAME)?\]", line)
         row = re.match(r"\| `(\w+)` \| (.+?) \|", line)
         for section in current if row else []:
             found.setdefault(section, {})[row[1]] = row[2]
