@@ -100,11 +100,14 @@ class WeightStream:
                         torch.empty(shape, dtype=entry.dtype, device=platform.device())
                         for shape in entry.shapes
                     ]
-                for name, tensor in zip(entry.names, tensors, strict=True):
+                for name in entry.names:
+                    # Let go of before the next one is made.
+                    tensor = tensors.pop(0)
                     if self.grid.pp_size > 1:
                         tensor = tensor.contiguous()
                         dist.broadcast(tensor, src=ranks[stage], group=self.grid.groups.pp)
                     yield name, tensor
+                    del tensor
 
     def _gather(self, entry: "Described") -> list[Any]:
         """The shards of a parameter of this stage, on every rank of it."""
