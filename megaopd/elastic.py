@@ -122,6 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """torchrun's command line; the exit code of this node."""
     from torch.distributed import run
 
+    # Ranks that share the agents' store are given its address in the first round only: a node that
+    # takes the place of a lost one would wait for it in vain. A store of their own each round.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     parsed = run.parse_args(list(sys.argv[1:] if argv is None else argv))
     config, command, arguments = run.config_from_args(parsed)
     return supervise(config, str(command), [str(word) for word in arguments])
