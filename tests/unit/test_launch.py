@@ -3,15 +3,19 @@
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
+from megaopd.elastic import wait_for
 from megaopd.recipes import recipe
+from megaopd.rollout.serve import addresses, server_config
 from megaopd.schema import load_config, make_config
 
 ROOT = Path(__file__).parents[2]
@@ -136,11 +140,8 @@ def test_servers_have_names_and_a_probe_that_works_while_paused(pool):
     arguments = one["args"]
     gpus = next(a for a in arguments if a.startswith("server.tensor=")).split("=")[1]
     assert one["resources"]["limits"]["nvidia.com/gpu"] == gpus
-    model = ROOT / "missing"  # what it would run, but for the model's own settings
-    from megaopd.rollout.serve import addresses, server_config
-
     config = server_config([a for a in arguments if a.startswith("server.")])
-    assert addresses(config)[0].endswith(":30000") and not model.exists()
+    assert addresses(config)[0].endswith(":30000")
 
 
 def test_the_run_of_the_manifests_loads_and_names_its_servers():
@@ -187,9 +188,19 @@ def test_every_h100_recipe_is_checked():
 def test_the_addresses_of_the_batch_script(tmp_path):
     """The functions of run.sbatch, as bash runs them."""
     text = (ROOT / "launch/slurm/run.sbatch").read_text()
-    functions = "\n".join(re.findall(r"^join\(\).*|^addresses\(\) \{\n.*?^\}", text, re.M | re.S))
+    pattern = r"^join\(\)[^\n]*|^addresses\(\) \{\n.*?^\}"
+    functions = "\n".join(re.findall(pattern, text, re.M | re.S))
     call = "addresses server.addresses n1 n2 -- server.tensor=4 server.count=2"
     said = subprocess.run(["bash", "-c", functions + "\n" + call], capture_output=True, text=True)
     key, _, value = said.stdout.strip().partition("=")
     assert key == "server.addresses"
     assert json.loads(value) == [f"http://n{n}:{30000 + i}" for n in (1, 2) for i in (0, 1)]
+
+
+def test_a_node_waits_for_the_head():
+    with socket.socket() as head:
+        head.bind(("127.0.0.1", 0))
+        port = head.getsockname()[1]
+        assert not wait_for("127.0.0.1", port, seconds=1.2)
+        threading.Timer(1.5, head.listen).start()
+        assert wait_for("127.0.0.1", port, seconds=20)
