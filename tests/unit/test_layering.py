@@ -14,6 +14,7 @@ LAYERS = [
     ["parts"],
     ["sampler"],
     ["inputs"],
+    ["plan"],
     ["schema", "recipes"],
     ["trainer"],
     ["rollout"],
