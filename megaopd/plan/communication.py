@@ -33,8 +33,8 @@ class Traffic:
         return self.ranks * self.stride > gpu.per_node
 
 
-def step_traffic(job: Job, *, sync: bool = False) -> list[Traffic]:
-    """Everything that is sent in a step; sync: full weights leave for rollout servers."""
+def step_traffic(job: Job) -> list[Traffic]:
+    """Everything that is sent in a step, the weights for rollout servers included."""
     passes = job.micro_batches
     found = [
         *_tensor("student", job, job.student, passes * _forwards(job), passes),
@@ -57,9 +57,9 @@ def step_traffic(job: Job, *, sync: bool = False) -> list[Traffic]:
             *_context("teacher", job, side, own),
             *_handover(job, passes),
         ]
-    if sync:
+    if job.rollout in ("colocated", "separate"):
         sent = job.student.shape.parameters() * job.student.itemsize
-        found.append(Traffic("weight sync (rank 0)", 2, sent, 1, job.world))
+        found.append(Traffic("weight sync (rank 0)", 2, sent, 1, job.world // 2))
     return [one for one in found if one.sent > 0]
 
 
@@ -168,4 +168,4 @@ def _handover(job: Job, passes: int) -> Iterator[Traffic]:
     if job.teacher.layout != job.student.layout:
         rows = job.local_rows(job.student) * job.student.ranks_of_sequence * passes
         sent = rows * job.teacher.shape.hidden * job.teacher.itemsize
-        yield Traffic("teacher hidden states", 2, sent, passes, job.world)
+        yield Traffic("teacher hidden states", 2, sent, passes, job.world // 2)

@@ -72,7 +72,7 @@ def _rollout(config: Config) -> Any:
         return "none"
     if config.rollout.engine == "embedded":
         return "embedded"
-    return "colocated" if config.server.placement == "colocated" else "none"
+    return config.server.placement
 
 
 def parse_layout(text: str) -> ParallelConfig:

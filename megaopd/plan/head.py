@@ -47,25 +47,22 @@ def head_bytes(job: Job) -> Head:
     rows, chunk = job.local_rows(side), chunk_rows(job)
     hidden = rows * side.shape.hidden * e
     models = [side, *([job.teacher] if job.teacher else [])]
-    # Kernels on a GPU scale the products as they read them; on a CPU logits are fp32.
-    logit = e if job.spec == "te" else 4
+    # Kernels on a GPU scale the products as they read them; elsewhere, and where terms see
+    # different laws, logits are fp32.
+    logit = e if job.spec == "te" and job.laws == 1 else 4
     elements = chunk * width
-    logits = elements * logit * len(models) * job.laws
-    # A product that is narrower than its buffer is a tensor of its own, before and after.
+    # A product that is narrower than its buffer is a tensor of its own, before and after; so is
+    # the weight gradient of a chunk, before it is added to its fp32 sum.
     narrow = elements * e if logit != e else 0.0
-    into_weight = job.vocab_rows / side.tensor * side.shape.hidden * e if e != 4 else 0.0
+    weight = job.vocab_rows / side.tensor * side.shape.hidden * e if e != 4 else 0.0
     gathered = chunk * e * side.shape.hidden if side.layout.sequence else 0.0
-    working = max(
-        narrow,
-        narrow + 2 * chunk * side.shape.hidden * e + into_weight,
-    )
     teacher_chunk = 0.0
     if job.teacher and side.layout.sequence:
         teacher_chunk = chunk * job.teacher.shape.hidden * job.teacher.itemsize
     return Head(
         chunk=chunk,
-        logits=logits,
-        working=working + gathered + teacher_chunk,
+        logits=elements * logit * len(models) * job.laws,
+        working=narrow + weight + 2 * chunk * side.shape.hidden * e + gathered + teacher_chunk,
         selected=0.0 if side.layout.sequence else hidden,
         gradient=hidden,
     )

@@ -108,12 +108,12 @@ def layer_modules(job: Job, side: Side, *, sparse: bool = False) -> list[Module]
 
 def _norm(name: str, source: str, sizes: Sizes, spec: Spec) -> Module:
     """RMSNorm of the residual stream; its output is saved by the product that follows."""
-    stream, rows = sizes.stream, 4 * sizes.ts
+    stream, rows = float(sizes.stream), 4.0 * sizes.ts
     if spec == "te":
         return Module(name, {source: stream, f"{name}.rstd": rows}, backward=2 * stream)
     # torch's composite RMSNorm works in fp32: for bf16 it keeps a wide copy of its input instead of
     # the input, and always the normalised rows. Backward: six temporaries of pow, mean and mul.
-    wide = 4 * sizes.ts * sizes.hidden
+    wide = 4.0 * sizes.ts * sizes.hidden
     held = source if sizes.e == 4 else f"{name}.fp32"
     saved = {held: wide, f"{name}.rstd": rows, f"{name}.normal": wide}
     return Module(name, saved, forward=stream + wide, backward=2 * stream + 4 * wide)
@@ -124,10 +124,10 @@ def _head_norms(sizes: Sizes, spec: Spec) -> Module:
     query, key = sizes.wide(sizes.query), sizes.wide(sizes.key)
     rstd = 4 * sizes.t * (sizes.heads + sizes.kv_heads)
     if spec == "te":
-        saved = {"query": query, "qkv": sizes.mixed, "qk_norm.rstd": rstd}
-        return Module("qk_norm", saved, backward=2 * (query + key))
+        held = {"query": query, "qkv": sizes.mixed, "qk_norm.rstd": rstd}
+        return Module("qk_norm", held, backward=2 * (query + key))
     wide = sizes.t * (sizes.query + sizes.key) * 4
-    saved = {"qk_norm.normal": wide, "qk_norm.rstd": rstd}
+    saved: dict[str, float] = {"qk_norm.normal": wide, "qk_norm.rstd": rstd}
     saved |= {"query": query, "qkv": sizes.mixed} if sizes.e == 4 else {"qk_norm.fp32": wide}
     return Module("qk_norm", saved, forward=2 * wide, backward=query + 2 * key + 4 * wide)
 
@@ -149,7 +149,7 @@ def _attention(sizes: Sizes, spec: Spec) -> list[Module]:
     ]
     if sizes.qk_norm:
         modules.append(_head_norms(sizes, spec))
-    tables = {"rope": 4.0 * sizes.rope} if spec == "local" else {}
+    tables: dict[str, float] = {"rope": 4.0 * sizes.rope} if spec == "local" else {}
     lse = 4 * sizes.t * sizes.heads
     core = {"rotated": query + key, "qkv": mixed, "context": query, "lse": lse}
     ring = 4 * 2 * key if sizes.context > 1 else 0  # keys and values of the neighbours, in flight

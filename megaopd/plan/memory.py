@@ -182,8 +182,7 @@ def _passes(job: Job, stage: int, flight: float) -> tuple[float, float, float]:
     forward = backward = others + saved + sizes.stream
     if last:
         head = head_bytes(job)
-        held = saved + closing + head.peak
-        forward = others + max(held + sizes.stream, saved)
+        forward = others + saved + closing + head.peak + sizes.stream
         backward = others + saved + closing + head.gradient + 3 * sizes.stream
     bottom = max(backward_peak(by_kind[kind]) for kind in kinds)
     if full:

@@ -32,7 +32,7 @@ def as_dict(found: Found, gpu: Gpu, result: Search | None) -> dict[str, Any]:
         "sequence": job.padded_sequence,
         "fits": found.fullest.total <= gpu.memory,
         "stages": [_stage(stage) for stage in found.memory],
-        "traffic": [dataclasses.asdict(one) for one in step_traffic(job, sync=_syncs(job))],
+        "traffic": [dataclasses.asdict(one) for one in step_traffic(job)],
         "seconds": {**dataclasses.asdict(found.seconds), "total": found.seconds.total},
     }
     if result is not None:
@@ -63,10 +63,6 @@ def _side(side: Side) -> dict[str, Any]:
 def _stage(stage: StageMemory) -> dict[str, Any]:
     values = dataclasses.asdict(stage)
     return values | {"phases": stage.phases, "peak": stage.peak, "total": stage.total}
-
-
-def _syncs(job: Job) -> bool:
-    return job.rollout != "embedded"
 
 
 def layout_text(side: Side) -> str:
@@ -148,7 +144,7 @@ def _traffic_table(job: Job, gpu: Gpu) -> Any:
     table = Table(title="Sent by a rank in a step", title_justify="left")
     for name in ("", "ranks", "GiB", "calls", "link"):
         table.add_column(name, justify="right" if name else "left")
-    for one in step_traffic(job, sync=_syncs(job)):
+    for one in step_traffic(job):
         table.add_row(one.name, str(one.ranks), gib(one.sent), f"{one.calls:,.0f}", _link(one, gpu))
     return table
 

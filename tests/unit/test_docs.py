@@ -17,6 +17,7 @@ PAGES = [
     "docs/configuration.md",
     "docs/design-notes.md",
     "docs/losses.md",
+    "docs/planner.md",
     "docs/rollouts.md",
 ]
 
