@@ -112,7 +112,7 @@ def _norm(name: str, source: str, sizes: Sizes, spec: Spec) -> Module:
     if spec == "te":
         return Module(name, {source: stream, f"{name}.rstd": rows}, backward=2 * stream)
     # torch's composite RMSNorm works in fp32: for bf16 it keeps a wide copy of its input instead of
-    # the input, and always the normalised rows. Backward: six temporaries of pow, mean and mul.
+    # the input, and always the normalised rows. Backward: four temporaries of pow, mean and mul.
     wide = 4.0 * sizes.ts * sizes.hidden
     held = source if sizes.e == 4 else f"{name}.fp32"
     saved = {held: wide, f"{name}.rstd": rows, f"{name}.normal": wide}
