@@ -1,4 +1,4 @@
-"""megaopd train | eval | convert | report | doctor | quickstart: parse, build, run; no logic."""
+"""megaopd train | eval | plan | convert | report | doctor | quickstart: parse, build, run."""
 
 import argparse
 import math
@@ -79,6 +79,21 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("overrides", nargs="*", metavar="section.key=value")
         command.set_defaults(command=function)
+
+    plan = commands.add_parser("plan", help="memory, traffic and time of a run, and its layout")
+    plan.add_argument("--config", type=Path, help="a TOML file; see megaopd/recipes/")
+    plan.add_argument("--gpus", type=int, required=True, help="ranks of the run")
+    plan.add_argument("--gpu", default="h100", help="a100, h100, h200 or b200")
+    plan.add_argument(
+        "--teacher-layout",
+        default="",
+        metavar="tensor=8,...",
+        help="the teacher's own layout on the same ranks; default: the student's",
+    )
+    plan.add_argument("--no-suggest", dest="suggest", action="store_false", help="only this layout")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    plan.add_argument("overrides", nargs="*", metavar="section.key=value")
+    plan.set_defaults(command=_plan)
 
     convert = commands.add_parser("convert", help="Hugging Face <-> Megatron checkpoints")
     ways = convert.add_subparsers(required=True, metavar="DIRECTION")
@@ -184,6 +199,20 @@ def _convert(arguments: argparse.Namespace) -> int:
     if grid.rank == 0:
         print(f"wrote {arguments.out}")
     return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from megaopd.plan.command import plan
+
+    return plan(
+        arguments.config,
+        arguments.overrides,
+        gpus=arguments.gpus,
+        gpu=arguments.gpu,
+        teacher_layout=arguments.teacher_layout,
+        suggest=arguments.suggest,
+        as_json=arguments.json,
+    )
 
 
 def _report(arguments: argparse.Namespace) -> int:

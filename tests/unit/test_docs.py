@@ -24,6 +24,7 @@ PAGES = [
     "docs/large-runs.md",
     "docs/layouts.md",
     "docs/losses.md",
+    "docs/planner.md",
     "docs/rollouts.md",
     "docs/teachers.md",
 ]
