@@ -17,9 +17,18 @@ from megaopd.models.arch import Architecture, architecture, check_layout, read_h
 from megaopd.models.config import ModelConfig
 from megaopd.schema import Config
 
+# Between two starts of one run, beside whole sections.
+MAY_CHANGE = (
+    ("run", "steps"),
+    ("run", "stall_minutes"),
+    ("teacher", "placement"),
+    ("teacher", "window"),
+    ("teacher", "offload"),
+)
 
-def run_tokenizer(config: Config) -> Any:
-    """The student's tokenizer, checked."""
+
+def student_tokenizer(config: Config) -> Any:
+    """The student's tokenizer, which every prompt and response goes through."""
     tokenizer = load_tokenizer(config.student.hf_dir)
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -71,6 +80,19 @@ def reward_of(sample: Sample, tokenizer: Any, eos_ids: Sequence[int]) -> float |
     return score(sample.prompt, response_text(sample, tokenizer, eos_ids))
 
 
+def example(prompt: Prompt, tokenizer: Any) -> Sample:
+    """The data's own answer as a response (supervised fine-tuning)."""
+    if not prompt.answer:
+        raise UserError(
+            f"prompt {prompt.id!r} has no answer",
+            expected="an answer for every prompt: objective.loss = sft trains on it",
+        )
+    ids = tokenizer(prompt.answer, add_special_tokens=False)["input_ids"]
+    if ids[-1] != tokenizer.eos_token_id:
+        ids.append(tokenizer.eos_token_id)
+    return Sample(prompt, tuple(ids), None, "stop", weight_version=0)
+
+
 def held_out(config: Config, tokenizer: Any) -> list[Prompt]:
     """The evaluation prompts: of eval.source, or of the test split of the training task."""
     if not config.eval.prompts:
@@ -88,7 +110,15 @@ def held_out(config: Config, tokenizer: Any) -> list[Prompt]:
     return fixed_set(data, tokenizer, config.eval.prompts)
 
 
-_MAY_CHANGE = ("run.steps", "teacher.placement", "teacher.window", "teacher.offload")
+def control_set(config: Config, tokenizer: Any) -> list[Prompt]:
+    """Prompts of eval.control, as many as held-out ones; [] without one."""
+    source = config.eval.control
+    if not source:
+        return []
+    data = replace(config.data, source=source, seed=config.eval.seed, num_prompts=0)
+    if source.startswith("task:"):
+        data = replace(data, split="test")
+    return fixed_set(data, tokenizer, config.eval.prompts)
 
 
 def check_run_dir(config: Config, *, has_checkpoints: bool) -> None:
@@ -112,9 +142,7 @@ def check_run_dir(config: Config, *, has_checkpoints: bool) -> None:
         if section in ("parallel", "teacher_parallel", "server", "checkpoint", "report", "eval"):
             continue
         for key, value in values.items():
-            if f"{section}.{key}" in _MAY_CHANGE:
-                continue
-            if before.get(section, {}).get(key) != value:
+            if (section, key) not in MAY_CHANGE and before.get(section, {}).get(key) != value:
                 changed.append(f"{section}.{key}: {before.get(section, {}).get(key)} -> {value}")
     if changed:
         raise UserError(

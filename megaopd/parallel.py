@@ -30,10 +30,14 @@ class ParallelConfig:
     context: int = 1  # context parallel size: every sequence is split
     expert: int = 1  # expert parallel size: experts are split over data and context parallel ranks
     sequence: bool = False  # sequence parallel: norms and residuals are split over the tensor ranks
+    # Each rank's part of a sequence is padded to a multiple of this: FP8 on a GPU needs 16,
+    # blockwise 128, mxfp8 32.
+    pad_multiple: int = 1
     timeout_minutes: int = 30  # a collective that waits longer than this ends the run
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "virtual", "context", "expert", "timeout_minutes"):
+        sizes = ("tensor", "pipeline", "virtual", "context", "expert")
+        for name in (*sizes, "pad_multiple", "timeout_minutes"):
             if getattr(self, name) < 1:
                 raise UserError(
                     f"parallel.{name} = {getattr(self, name)}", expected="an integer of at least 1"
@@ -96,7 +100,9 @@ class Grid:
     def sequence_multiple(self) -> int:
         """What the length of a row is a multiple of, so that every rank gets as much of it."""
         halves = 2 * self.cp_size if self.cp_size > 1 else 1
-        return math.lcm(halves, self.cp_size * self.tp_size)
+        part = self.tp_size if self.config.sequence else 1  # that a rank's layers compute on
+        padded = self.cp_size * part * self.config.pad_multiple
+        return math.lcm(halves, self.cp_size * self.tp_size, padded)
 
     @property
     def segment_multiple(self) -> int:

@@ -9,6 +9,7 @@ what it runs on.
 import contextlib
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -72,6 +73,39 @@ def empty_cache() -> None:
         torch.cuda.empty_cache()
 
 
+class Stopwatch:
+    """Seconds of this rank's device between `start` and `stop`; neither waits for it."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._gpu, self._now = has_gpu(), time.perf_counter
+        self._event: Any = torch.cuda.Event
+        self._from = self._to = None
+
+    def start(self) -> None:
+        self._from, self._to = self._mark(), None
+
+    def stop(self) -> None:
+        self._to = self._mark()
+
+    def _mark(self) -> Any:
+        if not self._gpu:
+            return self._now()
+        event = self._event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> float:
+        """Of the last round, 0 where there was none; waits until the device has got that far."""
+        if self._from is None or self._to is None:
+            return 0.0
+        if not self._gpu:
+            return self._to - self._from
+        self._to.synchronize()
+        return self._from.elapsed_time(self._to) / 1e3
+
+
 def use_transformer_engine() -> bool:
     """True where the Transformer Engine layer spec can run: it imports and a GPU is there."""
     if not has_gpu():
@@ -81,6 +115,13 @@ def use_transformer_engine() -> bool:
     except ImportError:
         return False
     return True
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """(major, minor) of this rank's GPU, e.g. (9, 0) for an H100; None where there is none."""
+    import torch
+
+    return torch.cuda.get_device_capability(device()) if has_gpu() else None
 
 
 def has_apex_wgrad_fusion() -> bool:

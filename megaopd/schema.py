@@ -11,7 +11,7 @@ from typing import Any
 from megaopd.config import apply_overrides, build, read_toml
 from megaopd.data.config import DataConfig
 from megaopd.errors import UserError
-from megaopd.models.config import ModelConfig
+from megaopd.models.config import LoraConfig, ModelConfig
 from megaopd.objectives.presets import with_preset
 from megaopd.objectives.remote import check_remote
 from megaopd.objectives.spec import ObjectiveConfig
@@ -38,8 +38,13 @@ class RunConfig:
     dir: str = "runs/opd"  # everything the run leaves behind
     steps: int = 100  # optimizer steps
     seed: int = 0  # of sampling and of the RNG tracker
+    # A run in which no rank moves for so long ends, and says which rank holds it up; 0: never. At
+    # most 0.8 x parallel.timeout_minutes, after which a collective would end it without a name.
+    stall_minutes: float = 20.0
 
     def __post_init__(self) -> None:
+        if self.stall_minutes < 0:
+            raise UserError(f"run.stall_minutes = {self.stall_minutes}", expected="0 or more")
         if self.steps < 1:
             raise UserError(f"run.steps = {self.steps}", expected="at least 1")
         if not self.dir:
@@ -55,11 +60,21 @@ class EvalConfig:
     source: str = ""  # like data.source; empty: the test split of data.source
     stop_at: float = 0.0  # end the run once greedy accuracy reaches this; 0: never
     seed: int = 0  # of the held-out prompts: they stay the same while data.seed changes
+    samples: int = 1  # responses a prompt that `megaopd eval` samples; 0: greedy ones only
+    pass_k: tuple[int, ...] = (1,)  # the k of its pass@k, each at most eval.samples
+    control: str = ""  # like data.source: prompts of something that must not be forgotten
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.prompts < 0:
             raise UserError(
                 f"eval.every = {self.every}, eval.prompts = {self.prompts}", expected="0 or more"
+            )
+        bad = [k for k in self.pass_k if not 1 <= k <= max(self.samples, 1)]
+        if bad or self.samples < 0:
+            raise UserError(
+                f"eval.pass_k = {list(self.pass_k)} with eval.samples = {self.samples}",
+                expected="each k from 1 to eval.samples",
+                fix=f"set eval.samples={max([*bad, 1])} or more",
             )
 
 
@@ -69,6 +84,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     student: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     teachers: dict[str, RoutedTeacherConfig] = field(default_factory=dict)
     remote_teacher: RemoteTeacherConfig = field(default_factory=RemoteTeacherConfig)
@@ -92,6 +108,8 @@ class Config:
                 expected="the directory of a Hugging Face or Megatron checkpoint",
             )
         self._check_teacher()
+        if self.student.fp8_params:
+            self._check_fp8_params()
         if self.rollout.engine == "embedded" and self.server != ServerConfig():
             raise UserError(
                 "[server] is set with rollout.engine = embedded",
@@ -103,6 +121,12 @@ class Config:
                 f"server.placement = colocated with rollout.staleness = {self.rollout.staleness}",
                 expected="0: on the same GPUs servers and trainer take turns",
                 fix="set rollout.staleness=0, or server.placement=separate",
+            )
+        if self.server.placement == "colocated" and self.optim.cpu_offload:
+            raise UserError(
+                f"server.placement = colocated with optim.cpu_offload = {self.optim.cpu_offload}",
+                expected="0: taking turns puts the whole state on the host while servers sample",
+                fix="set optim.cpu_offload=0.0, or server.placement=separate",
             )
         # Every engine reports the law that it samples from; the data's answers have none.
         if self.remote_teacher.addresses:
@@ -130,8 +154,29 @@ class Config:
                 expected="a warm-up that ends within the run",
             )
 
+    def _check_fp8_params(self) -> None:
+        if not self.optim.distributed:
+            raise UserError(
+                "student.fp8_params = true with optim.distributed = false",
+                expected="the distributed optimizer, which makes FP8 parameters of its copies",
+                fix="set optim.distributed=true, or student.fp8_params=false",
+            )
+        if self.server.placement == "colocated":
+            raise UserError(
+                "student.fp8_params = true with server.placement = colocated",
+                expected="parameters that can be put away: FP8 ones are not plain tensors",
+                fix="set student.fp8_params=false, or server.placement=separate",
+            )
+
     def _check_teacher(self) -> None:
         """One kind of teacher where the objective needs one, none where it does not."""
+        for one in (self.teacher, *self.teachers.values()):
+            if one.fp8 == "delayed":
+                raise UserError(
+                    "teacher.fp8 = delayed",
+                    expected="a recipe whose scales need no history: a teacher never trains",
+                    fix="set teacher.fp8=current or blockwise",
+                )
         kinds = {
             "teacher.path": self.teacher.path,
             "teacher.kind": self.teacher.kind if self.teacher.follows else "",

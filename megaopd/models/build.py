@@ -8,6 +8,7 @@ from typing import Any
 from megaopd import platform
 from megaopd.models.arch import Architecture, check_layout, padded_vocab
 from megaopd.models.config import ModelConfig
+from megaopd.models.fp8 import apply_fp8, config_fields
 from megaopd.models.spec import layer_spec
 from megaopd.parallel import Grid, ParallelConfig
 
@@ -69,6 +70,7 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=False,
         **recompute,
+        **config_fields(model),
     )
 
 
@@ -112,6 +114,7 @@ def build_model(
         vp_stage=vp_stage,
     )
     _mark_tensor_parallel(built)
+    apply_fp8(built, model, grid)
     return built
 
 

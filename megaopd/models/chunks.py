@@ -9,6 +9,7 @@ from typing import Any
 from megaopd.models.arch import Architecture
 from megaopd.models.build import build_model
 from megaopd.models.config import ModelConfig
+from megaopd.models.lora import load_own_state, own_state
 from megaopd.parallel import Grid
 
 
@@ -32,14 +33,14 @@ def sharded_chunks(chunks: list[Any]) -> dict[str, Any]:
     The keys that are written name the layers of the whole model: any layout can read them.
     """
     if len(chunks) == 1:
-        return {"model": chunks[0].sharded_state_dict()}
-    return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
+        return {"model": own_state(chunks[0])}
+    return {f"model{i}": own_state(chunk) for i, chunk in enumerate(chunks)}
 
 
 def load_chunks(chunks: list[Any], state: dict[str, Any]) -> None:
     """What `sharded_chunks` described, read."""
     if len(chunks) == 1:
-        chunks[0].load_state_dict(state["model"])
+        load_own_state(chunks[0], state["model"])
         return
     for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(state[f"model{i}"])
+        load_own_state(chunk, state[f"model{i}"])

@@ -82,6 +82,10 @@ def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
     """Fill a sharded state dict of any layout from `directory`; a collective."""
     from megatron.core import dist_checkpointing
 
+    from megaopd.models.fp8 import known_scales
+
+    if "model" in state:
+        state = {**state, "model": known_scales(state["model"], directory)}
     loaded = dist_checkpointing.load(state, str(directory))
     assert isinstance(loaded, dict)
     return loaded

@@ -1,7 +1,8 @@
 """The weights of a sharded model as Hugging Face tensors, one at a time.
 
 `WeightStream` is the one generator of (Hugging Face name, full tensor) that feeds every sink:
-export, the embedded rollout engine, and rollout servers.
+export, the embedded rollout engine, and rollout servers. A weight with a LoRA adapter comes merged,
+made when its turn comes: the live weights stay as they are.
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,6 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megaopd.models.arch import Architecture
+from megaopd.models.fp8 import plain
+from megaopd.models.lora import merged
 from megaopd.models.names import Entry, Replicated, Rule, Split, entries
 from megaopd.parallel import Grid
 
@@ -107,7 +110,7 @@ class WeightStream:
         import torch
         import torch.distributed as dist
 
-        shard = entry.parameter.detach()
+        shard = values_of(entry.parameter)
         if self.grid.tp_size == 1 or isinstance(entry.rule, Replicated):
             return entry.rule.merge([shard] * self.grid.tp_size, self.arch)
         shards = [torch.empty_like(shard) for _ in range(self.grid.tp_size)]
@@ -163,7 +166,7 @@ class WeightStream:
         first = self.grid.tp_rank == 0
         if not split and not first:
             return None
-        own = self.own[index].parameter.detach().to(entry.dtype).contiguous()
+        own = values_of(self.own[index].parameter).to(entry.dtype).contiguous()
         if not split:
             return own[None]
         # Not dist.gather: over gloo it takes room for all shards once more.
@@ -183,6 +186,11 @@ class WeightStream:
         for call in dist.batch_isend_irecv(calls):
             call.wait()
         return shards
+
+
+def values_of(parameter: Any) -> Any:
+    """What others are to see of a parameter: dequantised, and with its adapter merged in."""
+    return merged(parameter) if hasattr(parameter, "adapter") else plain(parameter)
 
 
 @dataclass(frozen=True)

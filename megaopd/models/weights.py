@@ -12,6 +12,7 @@ from typing import Any
 
 from megaopd.errors import UserError
 from megaopd.models.arch import Architecture
+from megaopd.models.fp8 import remember_value
 from megaopd.models.names import Entry, entries, expected_names
 from megaopd.models.stream import WeightStream as WeightStream
 from megaopd.models.stream import exhaust
@@ -138,6 +139,7 @@ def load_hf_weights(
                     expected=f"{tuple(entry.parameter.shape)}, as config.json says",
                 )
             entry.parameter.copy_(shard)
+            remember_value(entry.parameter, shard)
             if progress is not None:
                 progress(shard.numel() * shard.element_size())
 

@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class Checkpoints:
                 "layout": self._layout(),
                 "family": student.arch.family,
                 "dtype": str(student.chunks[0].config.params_dtype).removeprefix("torch."),
+                **_adapter_info(student),
             },
             side_files=hf_dir,
         )
@@ -115,3 +117,10 @@ class Checkpoints:
             "context": grid.cp_size,
             "data": grid.dp_size,
         }
+
+
+def _adapter_info(student: Student) -> dict[str, Any]:
+    """What a checkpoint of adapters must say: their shape, and the weights that they belong to."""
+    if not student.lora.rank:
+        return {}
+    return {"lora": {**asdict(student.lora), "base": str(Path(student.base).resolve())}}

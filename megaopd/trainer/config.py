@@ -23,6 +23,11 @@ class OptimConfig:
     eps: float = 1e-8  # added to the root of the running square
     clip_grad: float = 1.0  # global gradient norm; 0 switches clipping off
     distributed: bool = True  # optimizer state split over data-parallel ranks (ZeRO-1)
+    # Share of the optimizer's state that lives on the host and is updated there; needs a GPU and
+    # Transformer Engine.
+    cpu_offload: float = 0.0
+    # Of Adam's two moments; bfloat16 needs Transformer Engine's fused Adam.
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         for name in ("min_lr", "warmup_steps", "weight_decay", "clip_grad"):
@@ -34,6 +39,25 @@ class OptimConfig:
             raise UserError(
                 f"optim.min_lr = {self.min_lr} above optim.lr = {self.lr}",
                 expected="min_lr <= lr",
+            )
+        self._check_placement()
+
+    def _check_placement(self) -> None:
+        if not 0 <= self.cpu_offload <= 1:
+            raise UserError(f"optim.cpu_offload = {self.cpu_offload}", expected="a share, 0 to 1")
+        wanted = "cpu_offload" if self.cpu_offload else "state_dtype"
+        narrow = self.state_dtype != "float32"
+        if (self.cpu_offload or narrow) and not self.distributed:
+            raise UserError(
+                f"optim.{wanted} = {getattr(self, wanted)} with optim.distributed = false",
+                expected="megatron-core offers it in its distributed optimizer only",
+                fix="set optim.distributed=true",
+            )
+        if self.cpu_offload and narrow:
+            raise UserError(
+                f"optim.cpu_offload = {self.cpu_offload} with optim.state_dtype = bfloat16",
+                expected="one of the two: the host's Adam keeps its moments in float32",
+                fix="set optim.state_dtype=float32, or optim.cpu_offload=0.0",
             )
 
 

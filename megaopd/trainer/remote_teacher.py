@@ -23,6 +23,7 @@ from functools import partial
 from typing import Any
 
 from megaopd import platform
+from megaopd.data.tokenizer import check_same_texts, spread_ids
 from megaopd.data.types import Sample
 from megaopd.errors import UserError
 from megaopd.objectives.remote import check_remote, remote_payload
@@ -35,6 +36,7 @@ from megaopd.trainer.config import RemoteTeacherConfig
 from megaopd.trainer.scores import RemoteScores, pack
 
 Key = tuple[str, int, tuple[int, ...]]
+COMPARED_IDS = 512  # of the vocabulary, spread over it
 _COUNTED = ("tokens", "missing", "entries", "missing_entries")
 
 
@@ -62,10 +64,12 @@ class RemoteTeacher:
     """Scores samples; making it is a collective, as is `score`.
 
     Args:
+        tokenizer: the student's, which the servers' is compared with.
         prompt_of: the teacher's prompt of a sample, which may hold more than the student's.
 
     Raises:
-        UserError: a server that does not answer, or an objective that it cannot serve.
+        UserError: a server that does not answer or has another tokenizer, or an objective that it
+            cannot serve.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class RemoteTeacher:
         objective: ObjectiveConfig,
         grid: Grid,
         *,
+        tokenizer: Any = None,
         prompt_of: Callable[[Sample], Sequence[int]] = lambda sample: sample.prompt.token_ids,
     ) -> None:
         check_remote(objective, log_probs=True)
@@ -86,10 +91,13 @@ class RemoteTeacher:
         self.leaders = {dp_rank: rank for rank, dp_rank in enumerate(places) if dp_rank is not None}
         self._pending: dict[Key, Future[TokenScores]] = {}
         self._seen: dict[str, int] = {}
+        self.unchecked = ""  # what could not be compared, on rank 0
         self._loop: LoopThread | None = None
         self._scorer: Scorer | None = None
         # Rank 0 too: it speaks to the servers that sample, and has samples as they finish.
         error = self._open(config) if leads or grid.rank == 0 else None
+        if error is None and grid.rank == 0 and tokenizer is not None:
+            error = self._compare(tokenizer)
         _raise_first(gather_objects(error))
 
     def _open(self, config: RemoteTeacherConfig) -> UserError | None:
@@ -104,6 +112,23 @@ class RemoteTeacher:
         )
         try:
             self._loop.run(self._scorer.open())
+        except UserError as err:
+            return err
+        return None
+
+    def _compare(self, tokenizer: Any) -> UserError | None:
+        """Whether ids mean the same to the student and to the servers."""
+        assert self._loop is not None and self._scorer is not None
+        ids = spread_ids(tokenizer, COMPARED_IDS)
+        texts = self._loop.run(self._scorer.texts([i for i in ids if i < self._scorer.vocab]))
+        if texts is None:
+            self.unchecked = (
+                "the teacher's servers were started without a tokenizer (or cannot detokenize): "
+                "that its ids mean what the student's mean was not checked"
+            )
+            return None
+        try:
+            check_same_texts(tokenizer, ids, texts)
         except UserError as err:
             return err
         return None

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from megaopd import faults
+from megaopd import faults, watchdog
 from megaopd.losses import Objective, OutputLayer, fused_linear_objectives
 from megaopd.losses.importance import bounded_exp
 from megaopd.models.chunks import as_chunks
@@ -76,6 +76,7 @@ def forward_micro_batch(stage: Any, micro: MicroBatch) -> Any:
     Returns:
         The stage's hidden states, [S(/CP)(/TP), B, H].
     """
+    watchdog.beat()
     return stage(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params)
 
 

@@ -6,8 +6,9 @@ from typing import Any
 from megaopd import faults, platform
 from megaopd.models.arch import Architecture, padded_vocab
 from megaopd.models.chunks import build_chunks, load_chunks, sharded_chunks
-from megaopd.models.config import ModelConfig
+from megaopd.models.config import LoraConfig, ModelConfig
 from megaopd.models.convert import load_weights
+from megaopd.models.lora import add_adapters
 from megaopd.models.weights import WeightStream
 from megaopd.objectives.spec import ObjectiveConfig
 from megaopd.objectives.validate import needs
@@ -16,7 +17,8 @@ from megaopd.trainer.batch import MicroBatch
 from megaopd.trainer.config import OptimConfig
 from megaopd.trainer.importance import with_importance_weights
 from megaopd.trainer.log_probs import sequence_log_probs
-from megaopd.trainer.optim import make_optimizer, make_schedule, wrap_ddp
+from megaopd.trainer.optim import check_optimizer, make_optimizer, make_schedule, wrap_ddp
+from megaopd.trainer.pace import Pace
 from megaopd.trainer.step import objective_pass
 from megaopd.trainer.teachers.base import BaseTeacher
 
@@ -29,6 +31,7 @@ class Student:
         vocab_rows: padded vocabulary over all tensor ranks.
         optim: None for a student that is only evaluated: no gradients, no optimizer state.
         total_steps: where the learning-rate decay ends.
+        lora: train adapters on top of the checkpoint's weights, which stay frozen.
     """
 
     def __init__(
@@ -42,8 +45,12 @@ class Student:
         total_steps: int = 1,
         vocab: int | None = None,
         vocab_rows: int | None = None,
+        lora: LoraConfig | None = None,
         progress: Any = None,
     ) -> None:
+        if optim is not None:
+            check_optimizer(optim)
+        self.base, self.lora = config.path, lora or LoraConfig()
         self.arch, self.grid, self.objective = arch, grid, objective
         self.vocab = vocab or arch.vocab
         rows = vocab_rows or padded_vocab(arch.vocab, grid.tp_size, config.vocab_multiple)
@@ -54,7 +61,10 @@ class Student:
         if optim is None:  # to be evaluated only
             self.wrapped = [chunk.eval().requires_grad_(False) for chunk in self.chunks]
             return
+        if self.lora.rank:
+            add_adapters(self.chunks, self.lora)
         self.wrapped = wrap_ddp(self.chunks, optim, grid)
+        self.pace = Pace(self.chunks[0].config)  # the one that the schedules read
         self.optimizer = make_optimizer(self.wrapped, optim, grid)
         self.schedule = make_schedule(self.optimizer, optim, total_steps)
 
@@ -100,6 +110,7 @@ class Student:
                 self.objective,
                 vocab=self.vocab,
             )
+        self.pace.begin()
         for ddp in self.wrapped:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()

@@ -246,3 +246,70 @@ def test_every_rank_raises_what_one_of_them_met(ranks: Any, url: str) -> None:
         assert "does not answer" in found
     for found in ranks.run(too_long, 2, url):
         assert "--context-length" in found and "'0/3'" in found
+
+
+SYMBOLS = "".join(map(chr, range(33, 126)))
+
+
+@pytest.fixture(scope="module")
+def speaking(checkpoints: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A server of the teacher that holds a tokenizer, as users start them."""
+    import os
+    import shutil
+    import subprocess
+    import time
+    import urllib.request
+
+    from megaopd.data.tokenizer import char_tokenizer
+    from megaopd.rollout.command import server_command
+
+    where = tmp_path_factory.mktemp("speaking") / "teacher"
+    shutil.copytree(checkpoints[1], where)
+    char_tokenizer(SYMBOLS).save_pretrained(where)
+    config = ServerConfig(port=31330)
+    made = server_command(
+        config, where, device="cpu", dtype="float32", port=31330, environ=dict(os.environ)
+    )
+    argv = [word for word in made.argv if word != "--skip-tokenizer-init"]
+    log = (where.parent / "log").open("w")
+    server = subprocess.Popen(argv, env=made.env, stdout=log, stderr=log, start_new_session=True)
+    url = "http://127.0.0.1:31330"
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=2)
+            break
+        except OSError:
+            assert server.poll() is None, Path(log.name).read_text()[-2000:]
+            time.sleep(1)
+    yield url
+    os.killpg(server.pid, 9)
+    server.wait()
+
+
+def compared(url: str, symbols: str) -> tuple[str, str]:
+    """What was not checked, and what a student with this tokenizer is told."""
+    from megaopd.data.tokenizer import char_tokenizer
+    from megaopd.errors import UserError
+    from megaopd.objectives.spec import ObjectiveConfig
+    from megaopd.parallel import ParallelConfig, make_grid
+    from megaopd.trainer.config import RemoteTeacherConfig
+    from megaopd.trainer.remote_teacher import RemoteTeacher
+
+    config = RemoteTeacherConfig(addresses=(url,))
+    grid = make_grid(ParallelConfig())
+    tokenizer = char_tokenizer(symbols)
+    try:
+        teacher = RemoteTeacher(config, ObjectiveConfig(loss="k2"), grid, tokenizer=tokenizer)
+    except UserError as err:
+        return "", str(err)
+    teacher.close()
+    return teacher.unchecked, ""
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(ranks: Any, url: str, speaking: str) -> None:
+    swapped = SYMBOLS.replace("A", "\0").replace("B", "A").replace("\0", "B")
+    assert ranks.run(compared, 1, speaking, SYMBOLS) == [("", "")]
+    ((_, refusal),) = ranks.run(compared, 1, speaking, swapped)
+    assert "'B' to the student and 'A' to the teacher's servers" in refusal
+    ((unchecked, _),) = ranks.run(compared, 1, url, swapped)
+    assert "was not checked" in unchecked

@@ -13,6 +13,7 @@ from megaopd import config as config_io
 from megaopd.errors import UserError
 from megaopd.recipes import recipe
 from megaopd.schema import Config, load_config
+from megaopd.trainer.config import RoutedTeacherConfig
 
 GOOD = ["student.path=s", "teacher.path=t", "data.source=task:addition3"]
 
@@ -100,7 +101,8 @@ def test_packaged_recipes_load(name):
 def test_the_public_sections_are_pinned():
     sections = {f.name: f.type for f in fields(Config)}
     assert list(sections) == [
-        "run", "student", "teacher", "teachers", "remote_teacher", "parallel", "teacher_parallel",
+        "run", "student", "lora", "teacher", "teachers", "remote_teacher", "parallel",
+        "teacher_parallel",
         "data", "rollout", "server", "agent", "objective", "optim", "trainer", "checkpoint", "eval",
         "report",
     ]  # fmt: skip
@@ -135,4 +137,6 @@ def test_sections_are_frozen():
     config = load_config(None, GOOD)
     for f in fields(config):
         section = getattr(config, f.name)
+        if f.name == "teachers":  # one section a name
+            section = RoutedTeacherConfig(path="m")
         assert is_dataclass(section) and section.__dataclass_params__.frozen

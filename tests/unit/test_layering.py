@@ -11,6 +11,7 @@ LAYERS = [
     ["cli", "__main__"],
     ["quickstart", "doctor"],
     ["run"],
+    ["evaluation"],
     ["parts"],
     ["sampler", "teacher_ranks"],
     ["inputs"],
@@ -22,10 +23,10 @@ LAYERS = [
     ["models"],
     ["data"],
     ["report"],
-    ["launch"],
+    ["launch", "elastic"],
     ["worlds"],
     ["parallel"],
-    ["platform", "faults", "config"],
+    ["platform", "faults", "stop", "watchdog", "config"],
     ["errors"],
 ]
 # A launcher starts a command line in other processes; with one rank, in this one.
