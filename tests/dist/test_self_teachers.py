@@ -22,7 +22,7 @@ def path(tmp_path_factory):
     return str(save_tiny(tmp_path_factory.mktemp("hf") / "student", "qwen3", tied=True))
 
 
-def make(path, layout, kind, dtype="float32", **values):
+def make(path, layout, kind, dtype="float32", lora=None, **values):
     """(grid, student, its teacher)"""
     from megaopd.models.config import ModelConfig
     from megaopd.parallel import make_grid
@@ -30,7 +30,7 @@ def make(path, layout, kind, dtype="float32", **values):
 
     grid = make_grid(parallel(layout))
     (arch,) = archs([path])
-    student = make_student(path, arch, grid, dtype=dtype)
+    student = make_student(path, arch, grid, dtype=dtype, lora=lora)
     if kind == "live":
         return grid, student, LiveTeacher(student)
     return grid, student, CopiedTeacher(student, ModelConfig(path, dtype), kind, **values)
@@ -107,6 +107,29 @@ def test_copies_are_taken_when_due(ranks, path):
         assert found == [[0], [2], [2], [4], [4]]
     for found in ranks.run(copies, 2, path, "previous_epoch", (1, 2, False)):
         assert found == [[0], [0], [3], [3], [3]]
+
+
+def adapted(path):
+    """KL from a copy of a student with adapters before it is taken, and after."""
+    from megaopd.models.config import LoraConfig
+    from megaopd.trainer.batch import make_micro_batches
+
+    lora = LoraConfig(rank=4)
+    grid, student, teacher = make(path, (2, 1, True), "periodic", lora=lora, every=2)
+    found = []
+    for step in range(2):
+        one_step(student, teacher, grid, privileged(step))
+        teacher.after_update()
+        made = make_micro_batches(
+            samples(0), grid=grid, micro_batch_size=2, pad_id=0, loss_agg="token-mean"
+        )
+        found.append(student.score(made, teacher)["kl"])
+    return found
+
+
+def test_a_copy_takes_the_adapters_with_it(ranks, path):
+    for before, after in ranks.run(adapted, 2, path):
+        assert before > 1e-4 and abs(after) < 1e-6, (before, after)
 
 
 def live(path, layout):

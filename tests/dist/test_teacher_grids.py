@@ -59,7 +59,7 @@ def parallel(layout):
     return ParallelConfig(tensor, pipeline, virtual, context, sequence=sequence)
 
 
-def make_student(path, arch, grid, steps=STEPS, dtype="float32", **values):
+def make_student(path, arch, grid, steps=STEPS, dtype="float32", lora=None, **values):
     from megaopd.models.config import ModelConfig
     from megaopd.objectives.spec import ObjectiveConfig
     from megaopd.trainer.config import OptimConfig
@@ -67,7 +67,9 @@ def make_student(path, arch, grid, steps=STEPS, dtype="float32", **values):
 
     optim = OptimConfig(lr=1e-2, weight_decay=0.1, clip_grad=0.5, eps=1e-5, distributed=False)
     objective = ObjectiveConfig(chunk_size=7, **values)
-    return Student(ModelConfig(path, dtype), arch, grid, objective, optim, total_steps=steps)
+    return Student(
+        ModelConfig(path, dtype), arch, grid, objective, optim, total_steps=steps, lora=lora
+    )
 
 
 def train(student, teacher, grid, batch=samples, steps=STEPS, first=0, packed=0):

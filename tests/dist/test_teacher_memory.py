@@ -32,7 +32,8 @@ class Largest(TorchDispatchMode):
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     root = tmp_path_factory.mktemp("hf")
-    shape = {"vocab_size": V, "num_hidden_layers": 1, "eos_token_id": 1}
+    shape = {"vocab_size": V, "num_hidden_layers": 2, "eos_token_id": 1}
+    shape["max_position_embeddings"] = 128
     return [
         str(save_tiny(root / "student", "qwen3", tied=True, **shape)),
         str(save_tiny(root / "teacher", "qwen3", tied=False, seed=9, **shape, hidden_size=96)),

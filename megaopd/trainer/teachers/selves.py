@@ -13,12 +13,13 @@ ranks. A frozen copy of the initial student is an ordinary Teacher on the studen
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from megaopd import platform
 from megaopd.models.chunks import build_chunks
 from megaopd.models.config import ModelConfig
+from megaopd.models.fp8 import plain
+from megaopd.models.lora import merged
 from megaopd.trainer.batch import MicroBatch
 from megaopd.trainer.student import Student
 from megaopd.trainer.teacher import InPlace
@@ -72,7 +73,8 @@ class CopiedTeacher(BaseTeacher):
         self.chunks = self._build(config)
         # A step of an average is a small fraction of a weight: bf16 would round most of it away.
         averages = kind == "ema" and config.dtype != "float32"
-        self.master = self._build(replace(config, dtype="float32")) if averages else []
+        exact = ModelConfig(config.path, "float32", config.vocab_multiple)
+        self.master = self._build(exact) if averages else []
         self._copy()
         self.scorer = InPlace(self.chunks, student.arch, student.grid)
         self.turn = Turn(self._between_turns, enabled=offload)
@@ -114,15 +116,18 @@ class CopiedTeacher(BaseTeacher):
         self._take_from_master()
 
     def _take_from_master(self) -> None:
-        for chunk, exact in zip(self.chunks, self.master, strict=False):  # no master in fp32
-            for mine, theirs in zip(chunk.parameters(), exact.parameters(), strict=True):
-                mine.copy_(theirs)
+        for chunk, master in zip(self.chunks, self.master, strict=False):  # none in fp32
+            exact = dict(master.named_parameters())
+            for name, mine in chunk.named_parameters():
+                mine.copy_(exact[name])
 
     def _pairs(self, chunks: Sequence[Any]) -> Iterable[tuple[Any, Any]]:
         for chunk, student in zip(chunks, self.student.chunks, strict=False):
             theirs = dict(student.named_parameters())
             for name, mine in chunk.named_parameters():
-                yield mine, theirs[name].detach()
+                # With an adapter its sum with the weight: the copy has none.
+                source = theirs[name]
+                yield mine, merged(source) if hasattr(source, "adapter") else plain(source)
 
     def sharded_state(self) -> dict[str, Any]:
         saved: dict[str, Any] = {"updates": self.updates, "epoch": self.epoch}
