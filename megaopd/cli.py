@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from megaopd import __version__
-from megaopd.errors import EXIT_INTERNAL, EXIT_USER, UserError
+from megaopd.errors import EXIT_INTERNAL, EXIT_STOPPED, EXIT_USER, RunStopped, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0, 2 for bad input (one message), 1 for a fault of ours (a traceback)."""
+    """Run one command; 0, 2 for bad input (one message), 1 for a fault of ours (a traceback), 75
+    for a run that stopped as it was asked."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     # argparse stops collecting positionals at the first option: overrides may stand anywhere.
@@ -29,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.command(arguments) or 0
     except UserError as err:
         return _leave(EXIT_USER, f"megaopd: {err}")
+    except RunStopped:
+        return EXIT_STOPPED
     except KeyboardInterrupt:
         return _leave(130, "megaopd: interrupted")
     except Exception:
@@ -70,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--config", type=Path, help="a TOML file; see megaopd/recipes/")
         command.add_argument("--ranks", type=int, help="processes on this machine")
         command.add_argument("--port", type=int, default=0, help="rendezvous port (0: any free)")
+        command.add_argument(
+            "--restarts", type=int, default=0, help="start all ranks again after one has failed"
+        )
         command.add_argument("overrides", nargs="*", metavar="section.key=value")
         command.set_defaults(command=function)
 
@@ -128,16 +134,19 @@ def _run(what: str, config: Any) -> int:
 
 def _in_ranks(arguments: argparse.Namespace, config: Any, here: Any) -> int:
     """Run `here` if this is a rank already, else start the ranks that the layout needs."""
-    from megaopd.launch import run_ranks, under_torchrun
+    from megaopd import stop
+    from megaopd.launch import check_restarts, run_ranks, under_torchrun
 
     if under_torchrun():
+        check_restarts()
+        stop.listen()
         return here()
     ranks = arguments.ranks or config.parallel.model_parallel
     if ranks % config.parallel.model_parallel:
         raise UserError(
             f"--ranks {ranks}", expected=f"a multiple of {config.parallel.model_parallel} (tp x pp)"
         )
-    return run_ranks(arguments.argv, ranks, port=arguments.port)
+    return run_ranks(arguments.argv, ranks, port=arguments.port, restarts=arguments.restarts)
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -185,11 +194,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _quickstart(arguments: argparse.Namespace) -> int:
-    from megaopd import quickstart
+    from megaopd import quickstart, stop
     from megaopd.launch import run_ranks, under_torchrun
 
     overrides = [f"rollout.engine={arguments.rollout}", *arguments.overrides]
     if under_torchrun():
+        stop.listen()
         quickstart.run(arguments.dir, arguments.seed, overrides)
         return 0
     quickstart.check(arguments.dir, overrides)

@@ -1,10 +1,16 @@
 """The errors a user sees, and the exit codes that go with them.
 
 Exit code 2: the input was wrong, and the message says what to change. Exit code 1: a fault of ours.
+75 (EX_TEMPFAIL of sysexits.h): the run was asked to stop, has saved, and can be started again.
 """
 
 EXIT_USER = 2
 EXIT_INTERNAL = 1
+EXIT_STOPPED = 75
+
+
+class RunStopped(Exception):
+    """The run ends early because it was asked to; what it has done is saved."""
 
 
 class UserError(ValueError):

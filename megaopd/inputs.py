@@ -10,9 +10,24 @@ from megaopd import config as config_io
 from megaopd.data.config import DataConfig
 from megaopd.data.prompts import fixed_set
 from megaopd.data.tasks import score
+from megaopd.data.tokenizer import load_tokenizer
 from megaopd.data.types import Prompt, Sample
 from megaopd.errors import UserError
 from megaopd.schema import Config
+
+# Between two starts of one run, beside whole sections.
+MAY_CHANGE = (("run", "steps"), ("run", "stall_minutes"))
+
+
+def student_tokenizer(config: Config) -> Any:
+    """The student's tokenizer, which every prompt and response goes through."""
+    tokenizer = load_tokenizer(config.student.hf_dir)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {config.student.path} has no end token",
+            expected="eos_token in tokenizer_config.json: responses end with it",
+        )
+    return tokenizer
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -45,6 +60,19 @@ def reward_of(sample: Sample, tokenizer: Any, eos_ids: Sequence[int]) -> float |
     return score(sample.prompt, response_text(sample, tokenizer, eos_ids))
 
 
+def example(prompt: Prompt, tokenizer: Any) -> Sample:
+    """The data's own answer as a response (supervised fine-tuning)."""
+    if not prompt.answer:
+        raise UserError(
+            f"prompt {prompt.id!r} has no answer",
+            expected="an answer for every prompt: objective.loss = sft trains on it",
+        )
+    ids = tokenizer(prompt.answer, add_special_tokens=False)["input_ids"]
+    if ids[-1] != tokenizer.eos_token_id:
+        ids.append(tokenizer.eos_token_id)
+    return Sample(prompt, tuple(ids), None, "stop", weight_version=0)
+
+
 def held_out(config: Config, tokenizer: Any) -> list[Prompt]:
     """The evaluation prompts: of eval.source, or of the test split of the training task."""
     if not config.eval.prompts:
@@ -59,6 +87,17 @@ def held_out(config: Config, tokenizer: Any) -> list[Prompt]:
             expected="held-out prompts",
             fix="set eval.source to another file, or eval.prompts=0",
         )
+    return fixed_set(data, tokenizer, config.eval.prompts)
+
+
+def control_set(config: Config, tokenizer: Any) -> list[Prompt]:
+    """Prompts of eval.control, as many as held-out ones; [] without one."""
+    source = config.eval.control
+    if not source:
+        return []
+    data = replace(config.data, source=source, seed=config.eval.seed, num_prompts=0)
+    if source.startswith("task:"):
+        data = replace(data, split="test")
     return fixed_set(data, tokenizer, config.eval.prompts)
 
 
@@ -83,7 +122,7 @@ def check_run_dir(config: Config, *, has_checkpoints: bool) -> None:
         if section in ("parallel", "server", "checkpoint", "report", "eval"):
             continue
         for key, value in values.items():
-            if (section, key) != ("run", "steps") and before.get(section, {}).get(key) != value:
+            if (section, key) not in MAY_CHANGE and before.get(section, {}).get(key) != value:
                 changed.append(f"{section}.{key}: {before.get(section, {}).get(key)} -> {value}")
     if changed:
         raise UserError(

@@ -8,7 +8,10 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from megaopd.errors import EXIT_INTERNAL, EXIT_USER, UserError
+from megaopd.errors import UserError
+
+# Set where the agent runs: each life of a job gets a new store, held by its rank 0.
+FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
 def under_torchrun() -> bool:
@@ -16,19 +19,22 @@ def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def run_ranks(arguments: Sequence[str], ranks: int, *, port: int = 0) -> int:
+def run_ranks(arguments: Sequence[str], ranks: int, *, port: int = 0, restarts: int = 0) -> int:
     """Run `python -m megaopd ARGUMENTS` in `ranks` processes; the exit code of the job.
 
     Args:
         port: rendezvous port on loopback; 0 picks a free one.
+        restarts: how often all ranks are started again after one has failed.
 
     Returns:
-        0, 2 where a rank refused its input (it has printed why), 1 otherwise.
+        0, 2 where a rank refused its input (it has printed why), 75 where the run stopped as it
+        was asked, 1 otherwise.
     """
-    if ranks == 1 and not port:
+    if ranks == 1 and not port and not restarts:
         return _run_single(arguments)
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import LaunchConfig
+
+    from megaopd.elastic import supervise
 
     _check_port(port)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -43,18 +49,10 @@ def run_ranks(arguments: Sequence[str], ranks: int, *, port: int = 0) -> int:
         run_id=f"megaopd-{os.getpid()}",
         rdzv_backend="c10d",
         rdzv_endpoint=f"127.0.0.1:{port}",
-        max_restarts=0,
+        max_restarts=restarts,
         monitor_interval=0.1,
     )
-    try:
-        elastic_launch(config, sys.executable)("-m", "megaopd", *arguments)
-    except ChildFailedError as err:
-        _, failure = err.get_first_failure()
-        code = failure.exitcode
-        if code < 0:
-            print(f"rank {failure.local_rank} was killed by signal {-code}", file=sys.stderr)
-        return EXIT_USER if code == EXIT_USER else EXIT_INTERNAL
-    return 0
+    return supervise(config, sys.executable, ["-m", "megaopd", *arguments])
 
 
 def _run_single(arguments: Sequence[str]) -> int:
@@ -85,6 +83,26 @@ def port_is_free(host: str, port: int) -> bool:
         return True
 
 
+def check_restarts() -> None:
+    """Refuse a torchrun whose restarts would fail, while it is in its first life.
+
+    By default torchrun keeps one store for all lives of a job, and a process group that is made
+    anew in it meets the addresses of the dead ranks.
+    """
+    wanted = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if wanted != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UserError(
+            f"torchrun --max-restarts={wanted} with one store for all lives of the job",
+            expected="a store of its own for each life",
+            fix="python -m megaopd.elastic in torchrun's place, with --rdzv-backend=c10d",
+        )
+
+
+def restart_count() -> int:
+    """How often the launcher has started this job's ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def claim_error() -> bool:
     """True for the first rank of the job that fails: it alone prints the error."""
     import torch.distributed as dist
@@ -92,4 +110,7 @@ def claim_error() -> bool:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return os.environ.get("LOCAL_RANK", "0") == "0"
     store = dist.distributed_c10d._get_default_store()
-    return store.add("megaopd/errors", 1) == 1
+    try:
+        return store.add("megaopd/errors", 1) == 1
+    except dist.DistError:  # rank 0 held it and has gone, for a reason that it said
+        return False

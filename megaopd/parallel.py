@@ -7,8 +7,10 @@ collection.
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from megaopd import platform
@@ -91,10 +93,26 @@ class Grid:
         return self.config.expert
 
     @property
+    def vp_size(self) -> int:
+        return self.config.virtual
+
+    @property
     def sequence_multiple(self) -> int:
-        """What the length of a padded sequence is a multiple of."""
-        parts = self.cp_size * (self.tp_size if self.config.sequence else 1)
-        return math.lcm(self.tp_size, parts * self.config.pad_multiple)
+        """What the length of a row is a multiple of, so that every rank gets as much of it."""
+        halves = 2 * self.cp_size if self.cp_size > 1 else 1
+        part = self.tp_size if self.config.sequence else 1  # that a rank's layers compute on
+        padded = self.cp_size * part * self.config.pad_multiple
+        return math.lcm(halves, self.cp_size * self.tp_size, padded)
+
+    @property
+    def segment_multiple(self) -> int:
+        """What the length of each packed sequence is a multiple of: see `zigzag`."""
+        return 2 * self.cp_size if self.cp_size > 1 else 1
+
+    @property
+    def micro_batches_of(self) -> int:
+        """What the number of micro-batches is a multiple of: an interleaved schedule's groups."""
+        return self.pp_size if self.vp_size > 1 else 1
 
     @property
     def is_first_stage(self) -> bool:
@@ -194,10 +212,29 @@ def make_grid(config: ParallelConfig, *, seed: int = 1234) -> Grid:
     )
 
 
+def zigzag(bounds: Sequence[int], rank: int, size: int) -> "torch.Tensor":
+    """Which positions of a row a context-parallel rank holds: [S / size], in its own order.
+
+    Each sequence [bounds[i], bounds[i+1]) is cut into 2 x size chunks, of which rank r holds chunk
+    r and chunk 2 size - 1 - r, so that all have as much causal attention to do. This is also the
+    order of Transformer Engine.
+    """
+    import torch
+
+    parts = []
+    for start, stop in pairwise(bounds):
+        chunk, rest = divmod(stop - start, 2 * size)
+        assert rest == 0, f"a sequence of {stop - start} tokens over {size} context-parallel ranks"
+        for index in (rank, 2 * size - 1 - rank):
+            parts.append(torch.arange(start + index * chunk, start + (index + 1) * chunk))
+    return torch.cat(parts)
+
+
 def sum_from_last_stage(values: "torch.Tensor", grid: Grid) -> "torch.Tensor":
     """All-reduce `values` over the world, counting each data-parallel rank's last stage once.
 
     Losses exist on the last pipeline stage, equal on all its tensor ranks; every rank gets the sum.
+    Context-parallel ranks hold different tokens: each of them counts.
     """
     import torch
     import torch.distributed as dist

@@ -11,23 +11,32 @@ from types import TracebackType
 from typing import Any
 
 from megaopd import config as config_io
-from megaopd import faults
+from megaopd import faults, stop, watchdog
 from megaopd.data.prompts import PromptStream
 from megaopd.data.tasks import environment_task
 from megaopd.data.tokenizer import check_same_tokenizer, load_tokenizer
 from megaopd.data.types import Prompt, Sample
-from megaopd.errors import UserError
-from megaopd.inputs import check_run_dir, eos_ids, held_out, pad_id, response_text, reward_of
+from megaopd.inputs import (
+    check_run_dir,
+    eos_ids,
+    example,
+    held_out,
+    pad_id,
+    response_text,
+    reward_of,
+    student_tokenizer,
+)
 from megaopd.models.arch import architecture, check_layout, padded_vocab, read_hf_config
 from megaopd.objectives.alarms import new_alarms
 from megaopd.parallel import Grid, make_grid
 from megaopd.report.metrics import MetricLogger, read_metrics
+from megaopd.report.samples import save_samples
 from megaopd.rollout.agent import AgentEngine
 from megaopd.rollout.engines import make_engine
 from megaopd.rollout.episode import episode_metrics
 from megaopd.sampler import Sampler
 from megaopd.schema import Config
-from megaopd.trainer.batch import MicroBatch, make_micro_batches
+from megaopd.trainer.batch import MicroBatch, make_micro_batches, plan_step, shares_of
 from megaopd.trainer.checkpoint import Checkpoints
 from megaopd.trainer.remote_teacher import RemoteTeacher
 from megaopd.trainer.student import Student
@@ -52,7 +61,7 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
     """
     arch = architecture(read_hf_config(config.student.hf_dir), where=config.student.path)
     check_layout(arch, config.parallel, who="student")
-    tokenizer = _tokenizer(config)
+    tokenizer = student_tokenizer(config)
     teacher_arch = None
     if config.teacher.path:
         check_same_tokenizer(tokenizer, load_tokenizer(config.teacher.hf_dir))
@@ -74,13 +83,14 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
         total_steps=config.run.steps,
         vocab=vocab,
         vocab_rows=rows,
+        lora=config.lora,
     )
     teacher = None
     if teacher_arch is not None:
         teacher = Teacher(config.teacher, teacher_arch, grid, vocab_rows=rows)
     remote = None
     if config.remote_teacher.addresses:
-        remote = RemoteTeacher(config.remote_teacher, config.objective, grid)
+        remote = RemoteTeacher(config.remote_teacher, config.objective, grid, tokenizer=tokenizer)
     parts = Parts(
         config=config,
         grid=grid,
@@ -99,16 +109,6 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
     if training:
         parts.start()
     return parts
-
-
-def _tokenizer(config: Config) -> Any:
-    tokenizer = load_tokenizer(config.student.hf_dir)
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"the tokenizer of {config.student.path} has no end token",
-            expected="eos_token in tokenizer_config.json: responses end with it",
-        )
-    return tokenizer
 
 
 def _sampler(
@@ -132,14 +132,13 @@ def _sampler(
         run_dir=Path(config.run.dir),
         grid=grid,
     )
-    limit = config.trainer.max_sequence or student.arch.max_positions
     engine = AgentEngine(
         inner,
         tokenizer,
         config.agent,
         template=config.data.template,
         vocab=student.vocab,
-        max_positions=min(student.arch.max_positions, limit),
+        max_positions=config.trainer.longest(student.arch.max_positions),
     )
     if environment_task(config.data.task or ""):
         _ = engine.turns  # a chat template that cannot separate turns is refused now
@@ -172,6 +171,8 @@ class Parts:
     held_out: list[Prompt]
     training: bool = True
     first_step: int = 0
+    saved_step: int = 0  # of the newest checkpoint
+    stopped: bool = False  # asked to end before the last step
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
     score_metrics: dict[str, float] = field(default_factory=dict)  # of the remote teacher
@@ -192,7 +193,7 @@ class Parts:
             state = self.checkpoints.load(step, self.student)
             self.prompts.load_state_dict(state["prompts"])
             self.evaluations = {int(k): v for k, v in state["evaluations"].items()}
-            self.first_step = step
+            self.first_step = self.saved_step = step
         if self.is_main:
             self.logger = MetricLogger(
                 directory,
@@ -202,7 +203,8 @@ class Parts:
                 resume_step=step,
             )
             self.history = read_metrics(directory)
-            for text in config.warnings:
+            unchecked = self.remote.unchecked if self.remote is not None else ""
+            for text in filter(None, (*config.warnings, unchecked)):
                 self.warn("warning", text)
         self.started = time.monotonic()
 
@@ -223,6 +225,7 @@ class Parts:
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
         """Add the seconds of this block to the step's `time/what`."""
+        watchdog.enter(what)
         begun = time.perf_counter()
         yield
         key = f"time/{what}"
@@ -250,29 +253,20 @@ class Parts:
     def examples(self) -> list[Sample]:
         """The next prompts with the data's own answers as responses (supervised fine-tuning)."""
         prompts = self.prompts.next_batch(self.config.rollout.prompts_per_step)
-        return [self._example(prompt) for prompt in prompts]
-
-    def _example(self, prompt: Prompt) -> Sample:
-        if not prompt.answer:
-            raise UserError(
-                f"prompt {prompt.id!r} has no answer",
-                expected="an answer for every prompt: objective.loss = sft trains on it",
-            )
-        ids = self.tokenizer(prompt.answer, add_special_tokens=False)["input_ids"]
-        if ids[-1] != self.tokenizer.eos_token_id:
-            ids.append(self.tokenizer.eos_token_id)
-        return Sample(prompt, tuple(ids), None, "stop", weight_version=0)
+        return [example(prompt, self.tokenizer) for prompt in prompts]
 
     def micro_batches(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         trainer, scores = self.config.trainer, None
+        cut: Any = {"grid": self.grid, "micro_batch_size": trainer.micro_batch_size}
+        cut["micro_batch_tokens"] = trainer.micro_batch_tokens
         if self.remote is not None:
             with self.timed("score"):
-                scores = self.remote.score(samples, micro_batch_size=trainer.micro_batch_size)
+                shares = shares_of(plan_step(samples, **cut), len(samples))
+                scores = self.remote.score(samples, shares)
             self.score_metrics = scores.metrics
         return make_micro_batches(
             samples,
-            grid=self.grid,
-            micro_batch_size=trainer.micro_batch_size,
+            **cut,
             pad_id=pad_id(self.tokenizer),
             loss_agg=self.config.objective.loss_agg,
             max_sequence=trainer.max_sequence,
@@ -289,7 +283,6 @@ class Parts:
         """One line of metrics.jsonl, the console and wandb."""
         lengths = [len(s.response_ids) for s in samples]
         rewards = [s.reward for s in samples if s.reward is not None]
-        spent = sum(self.times.values())
         extra = {"response_length": sum(lengths) / len(lengths)}
         extra["truncated"] = sum(s.finish_reason == "length" for s in samples) / len(samples)
         if rewards:
@@ -298,7 +291,7 @@ class Parts:
             # Engine and trainer speak of different laws then; their difference is no mismatch.
             metrics = {k: v for k, v in metrics.items() if k not in MISMATCH}
         extra |= {**episode_metrics(samples), **self.score_metrics}
-        extra["tokens_per_s"] = sum(lengths) / max(spent, 1e-9)
+        extra["tokens_per_s"] = sum(lengths) / max(sum(self.times.values()), 1e-9)
         if self.logger is not None:
             self.logger.log_metrics(
                 step, {**metrics, **extra, **self.sampler.metrics(), **self.times}
@@ -314,6 +307,7 @@ class Parts:
         due = step in (0, steps) or (every and step % every == 0)
         if not self.held_out or not due or step in self.evaluations:
             return
+        watchdog.enter("evaluate")
         self.evaluations[step] = self.evaluate(step)
         if self.logger is not None:
             self.logger.log_event("eval", {"step": step, **self.evaluations[step]})
@@ -336,38 +330,42 @@ class Parts:
         if self.teacher is not None or self.remote is not None:
             sampled = self.sampler.generate(self.held_out, -2, 1, params)
             self.sampler.take_turn()
-            scored = self.student.score(self.micro_batches(sampled), self.teacher)
-            result |= {name: scored[name] for name in EVALUATED if name in scored}
+            result |= self.score_samples(sampled)
         self.sampler.take_turn()
-        self._save_samples(greedy)
+        if self.is_main and self.training:
+            save_samples(self.dir, greedy, self.text)
         return result
 
-    def _save_samples(self, samples: Sequence[Sample], count: int = 20) -> None:
-        if not self.is_main or not self.training:
-            return
-        rows = [
-            {
-                "prompt": s.prompt.text,
-                "response": self.text(s),
-                "expected": s.prompt.answer,
-                "reward": s.reward,
-            }
-            for s in samples[:count]
-        ]
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (self.dir / "samples.jsonl").write_text(lines)
+    def score_samples(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """What of the objective an evaluation reports, on these."""
+        scored = self.student.score(self.micro_batches(samples), self.teacher)
+        return {name: scored[name] for name in EVALUATED if name in scored}
 
     def checkpoint(self, step: int) -> None:
         """Save if this step is due; the last one always is."""
         every = self.config.checkpoint.every
         last = step == self.config.run.steps or self.done
-        if not last and not (every and step % every == 0):
-            return
+        if last or (every and step % every == 0):
+            self._save(step)
+
+    def asked_to_stop(self, step: int) -> bool:
+        """Whether the run is to end now, after `step` steps; then they are saved."""
+        self.stopped = stop.agreed()
+        if self.stopped:
+            if step > self.saved_step:
+                self._save(step)
+            text = f"after step {step} of {self.config.run.steps}; start it again to go on"
+            self.warn("stopped", text, step=step)
+        return self.stopped
+
+    def _save(self, step: int) -> None:
+        watchdog.enter("checkpoint")
         run_state = {
             "prompts": self.sampler.cursor,
             "evaluations": {str(k): v for k, v in self.evaluations.items()},
         }
         self.checkpoints.save(step, self.student, run_state, self.config.student.hf_dir)
+        self.saved_step = step
 
     def finish(self) -> dict[str, Any]:
         """Write summary.json from what was measured."""

@@ -9,6 +9,7 @@ what it runs on.
 import contextlib
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -55,6 +56,39 @@ def empty_cache() -> None:
 
     if has_gpu():
         torch.cuda.empty_cache()
+
+
+class Stopwatch:
+    """Seconds of this rank's device between `start` and `stop`; neither waits for it."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._gpu, self._now = has_gpu(), time.perf_counter
+        self._event: Any = torch.cuda.Event
+        self._from = self._to = None
+
+    def start(self) -> None:
+        self._from, self._to = self._mark(), None
+
+    def stop(self) -> None:
+        self._to = self._mark()
+
+    def _mark(self) -> Any:
+        if not self._gpu:
+            return self._now()
+        event = self._event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> float:
+        """Of the last round, 0 where there was none; waits until the device has got that far."""
+        if self._from is None or self._to is None:
+            return 0.0
+        if not self._gpu:
+            return self._to - self._from
+        self._to.synchronize()
+        return self._from.elapsed_time(self._to) / 1e3
 
 
 def use_transformer_engine() -> bool:
@@ -269,8 +303,8 @@ def _patch_moe() -> None:
 def _cuda_literals_to_cpu() -> Any:
     """A TorchFunctionMode for the CUDA spellings that megatron-core writes literally.
 
-    device="cuda" becomes the CPU, Tensor.cuda() the tensor itself, and Tensor.type() answers
-    "torch.cuda.*" because megatron-core sorts parameters by that string.
+    device="cuda" becomes the CPU, pinned memory plain memory, Tensor.cuda() the tensor itself, and
+    Tensor.type() answers "torch.cuda.*" because megatron-core sorts parameters by that string.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -286,6 +320,9 @@ def _cuda_literals_to_cpu() -> Any:
             dev = kwargs.get("device")
             if dev is not None and (dev == "cuda" or getattr(dev, "type", None) == "cuda"):
                 kwargs["device"] = cpu
+            kwargs.pop("pin_memory", None)  # there is no device to copy to
+            if func is torch.Tensor.cuda:
+                return args[0]
             return func(*args, **kwargs) if kwargs else self._call(func, args)
 
         def _call(self, func: Any, args: Any) -> Any:

@@ -6,7 +6,9 @@ the data's answers in place of the student's samples.
 
 from typing import Any
 
-from megaopd import faults
+from megaopd import evaluation, faults, watchdog
+from megaopd.errors import RunStopped
+from megaopd.launch import restart_count
 from megaopd.parts import Parts, build_parts
 from megaopd.report.progress import progress
 from megaopd.schema import Config
@@ -22,18 +24,25 @@ def train(config: Config) -> dict[str, Any]:
 
     Raises:
         UserError: the input does not fit together; nothing has been trained yet.
+        RunStopped: it was asked to end early (stop.py), and has saved what it did.
     """
-    with build_parts(config) as parts:
+    with build_parts(config) as parts, _watchdog(config, parts):
+        if restart_count():
+            parts.warn("restart", f"number {restart_count()}, from step {parts.first_step}")
         steps = range(parts.first_step, config.run.steps)
         parts.evaluate_at(parts.first_step)
         with progress("steps", len(steps), enabled=parts.is_main and len(steps) > 0) as advance:
             for step in steps:
-                if parts.done:
+                if parts.done or parts.asked_to_stop(step):
                     break
                 faults.set_step(step + 1)
+                watchdog.enter("step", step + 1)
                 one_step(parts, step)
                 advance(1)
-        return parts.finish()
+        if not parts.stopped:
+            return parts.finish()
+    parts.grid.barrier()  # an agent ends the other ranks when the first one has gone
+    raise RunStopped
 
 
 def one_step(parts: Parts, step: int) -> None:
@@ -45,16 +54,22 @@ def one_step(parts: Parts, step: int) -> None:
     else:
         samples = parts.examples()
     metrics = parts.update(samples)  # the teacher scores inside, before the student
+    every = parts.config.report.rank_times_every
+    if every and (step + 1) % every == 0:
+        metrics |= parts.student.pace.slowest()
     parts.log(step + 1, metrics, samples)
     parts.evaluate_at(step + 1)
     parts.checkpoint(step + 1)
 
 
-def evaluate(config: Config) -> dict[str, float]:
-    """Evaluate config.student on the held-out prompts, printing and returning the figures."""
+def _watchdog(config: Config, parts: Parts) -> watchdog.Watchdog:
+    # Before the collective's own end, which names no rank.
+    minutes = min(config.run.stall_minutes, 0.8 * config.parallel.timeout_minutes)
+    grid = parts.grid
+    return watchdog.Watchdog(parts.dir, grid.rank, grid.world_size, stall_s=60 * minutes)
+
+
+def evaluate(config: Config) -> None:
+    """Evaluate config.student on held-out prompts (evaluation.py): a table, evaluation.json."""
     with build_parts(config, training=False) as parts:
-        result = parts.evaluate(step=0)
-        if parts.is_main:
-            for name, value in result.items():
-                print(f"{name:>16} {value:.4f}")
-        return result
+        evaluation.write(evaluation.evaluate(parts), parts)

@@ -11,7 +11,7 @@ from typing import Any
 from megaopd.config import apply_overrides, build, read_toml
 from megaopd.data.config import DataConfig
 from megaopd.errors import UserError
-from megaopd.models.config import ModelConfig
+from megaopd.models.config import LoraConfig, ModelConfig
 from megaopd.objectives.presets import with_preset
 from megaopd.objectives.remote import check_remote
 from megaopd.objectives.spec import ObjectiveConfig
@@ -34,8 +34,13 @@ class RunConfig:
     dir: str = "runs/opd"  # everything the run leaves behind
     steps: int = 100  # optimizer steps
     seed: int = 0  # of sampling and of the RNG tracker
+    # A run in which no rank moves for so long ends, and says which rank holds it up; 0: never. At
+    # most 0.8 x parallel.timeout_minutes, after which a collective would end it without a name.
+    stall_minutes: float = 20.0
 
     def __post_init__(self) -> None:
+        if self.stall_minutes < 0:
+            raise UserError(f"run.stall_minutes = {self.stall_minutes}", expected="0 or more")
         if self.steps < 1:
             raise UserError(f"run.steps = {self.steps}", expected="at least 1")
         if not self.dir:
@@ -51,11 +56,21 @@ class EvalConfig:
     source: str = ""  # like data.source; empty: the test split of data.source
     stop_at: float = 0.0  # end the run once greedy accuracy reaches this; 0: never
     seed: int = 0  # of the held-out prompts: they stay the same while data.seed changes
+    samples: int = 1  # responses a prompt that `megaopd eval` samples; 0: greedy ones only
+    pass_k: tuple[int, ...] = (1,)  # the k of its pass@k, each at most eval.samples
+    control: str = ""  # like data.source: prompts of something that must not be forgotten
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.prompts < 0:
             raise UserError(
                 f"eval.every = {self.every}, eval.prompts = {self.prompts}", expected="0 or more"
+            )
+        bad = [k for k in self.pass_k if not 1 <= k <= max(self.samples, 1)]
+        if bad or self.samples < 0:
+            raise UserError(
+                f"eval.pass_k = {list(self.pass_k)} with eval.samples = {self.samples}",
+                expected="each k from 1 to eval.samples",
+                fix=f"set eval.samples={max([*bad, 1])} or more",
             )
 
 
@@ -65,6 +80,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     student: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     teacher: ModelConfig = field(default_factory=ModelConfig)
     remote_teacher: RemoteTeacherConfig = field(default_factory=RemoteTeacherConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -100,6 +116,12 @@ class Config:
                 expected="0: on the same GPUs servers and trainer take turns",
                 fix="set rollout.staleness=0, or server.placement=separate",
             )
+        if self.server.placement == "colocated" and self.optim.cpu_offload:
+            raise UserError(
+                f"server.placement = colocated with optim.cpu_offload = {self.optim.cpu_offload}",
+                expected="0: taking turns puts the whole state on the host while servers sample",
+                fix="set optim.cpu_offload=0.0, or server.placement=separate",
+            )
         # Every engine reports the law that it samples from; the data's answers have none.
         if self.remote_teacher.addresses:
             check_remote(self.objective, log_probs=self.on_policy, top_ids=self.top_ids)
@@ -110,6 +132,15 @@ class Config:
                 f"objective.loss_agg = {self.objective.loss_agg} without trainer.max_sequence",
                 expected="a constant length to divide by",
                 fix="set trainer.max_sequence",
+            )
+        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        if self.on_policy and 0 < self.trainer.micro_batch_tokens < longest:
+            raise UserError(
+                f"trainer.micro_batch_tokens = {self.trainer.micro_batch_tokens} with "
+                f"data.max_prompt_tokens = {self.data.max_prompt_tokens} and "
+                f"rollout.max_new_tokens = {self.rollout.max_new_tokens}",
+                expected=f"room for the longest sample, {longest} tokens",
+                fix=f"set trainer.micro_batch_tokens={longest} or more, or lower the other two",
             )
         if self.optim.warmup_steps > self.run.steps:
             raise UserError(

@@ -1,7 +1,8 @@
-"""Samples -> one padded batch of fixed shape.
+"""Samples -> one padded batch of fixed shape, and the rows of tokens that are cut out of it.
 
-Shapes: N samples, S positions. Response token t of a sample with P prompt tokens is predicted by
-the logits at row P-1+t, and everything per response token (mask, log-probs) stands at that row.
+Shapes: N samples, S positions, B rows of a micro-batch. Response token t of a sample with P prompt
+tokens is predicted by the logits at row P-1+t, and everything per response token (mask, log-probs)
+stands at that row.
 """
 
 from collections.abc import Sequence
@@ -70,3 +71,41 @@ def pad_batch(
         rollout_log_probs=log_probs,
         lengths=torch.tensor([len(sample.tokens) for sample in samples], dtype=torch.int64),
     )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one micro-batch, as places in the step's padded samples."""
+
+    source: torch.Tensor  # int64 [B, S]: sample * L + position; -1: padding
+    position_ids: torch.Tensor  # int64 [B, S]: from 0 in every sequence
+    bounds: tuple[int, ...] | None  # 0, ..., S: where packed sequences begin and end; None: B rows
+
+
+def padded_rows(which: Sequence[int], length: int) -> Rows:
+    """One sample a row, each padded to `length`."""
+    positions = torch.arange(length).expand(len(which), length).contiguous()
+    return Rows(torch.tensor(which)[:, None] * length + positions, positions, None)
+
+
+def packed_rows(which: Sequence[int], lengths: Sequence[int], *, length: int, budget: int) -> Rows:
+    """Samples one behind the other in a single row of `budget` tokens.
+
+    What is left over are sequences of padding, none longer than the longest sample: attention is
+    quadratic in the length of a sequence.
+
+    Args:
+        lengths: tokens of each sample of the step, rounded up to what every sequence has to be a
+            multiple of.
+        length: L, the width of the step's padded samples.
+    """
+    sizes = [lengths[i] for i in which]
+    left = budget - sum(sizes)
+    assert left >= 0, "the plan keeps to the budget"
+    most = max(sizes, default=min(lengths, default=budget))
+    fill = [most] * (left // most) + ([left % most] if left % most else [])
+    positions = [torch.arange(size) for size in (*sizes, *fill)]
+    source = [i * length + at for i, at in zip(which, positions, strict=False)]
+    source += [torch.full((size,), -1) for size in fill]
+    bounds = (0, *torch.tensor([*sizes, *fill]).cumsum(0).tolist())
+    return Rows(torch.cat(source)[None], torch.cat(positions)[None], bounds)

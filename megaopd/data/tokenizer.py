@@ -1,5 +1,6 @@
 """Tokenizers: the character-level one of the toy tasks, loading, and the teacher check."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,3 +82,29 @@ def check_same_tokenizer(student: Any, teacher: Any) -> None:
         expected="the same tokenizer for both",
         fix="take a teacher of the student's model family",
     )
+
+
+def spread_ids(tokenizer: Any, count: int) -> list[int]:
+    """At most `count` of the tokenizer's ids, evenly spread, and its special ones."""
+    known = sorted(tokenizer.get_vocab().values())
+    return sorted({*known[:: max(1, len(known) // count)], *tokenizer.all_special_ids})
+
+
+def check_same_texts(student: Any, ids: Sequence[int], texts: Sequence[str]) -> None:
+    """Refuse a teacher of which only the texts of some ids are known.
+
+    Args:
+        ids: of the student, in order; the teacher may know only the first of them.
+        texts: what the teacher's tokenizer decodes each to.
+
+    Raises:
+        UserError: the lowest of the ids whose texts differ.
+    """
+    for index, theirs in zip(ids, texts, strict=False):
+        mine = student.decode([index], skip_special_tokens=False)
+        if mine != theirs:
+            raise UserError(
+                f"id {index} is {mine!r} to the student and {theirs!r} to the teacher's servers",
+                expected="the same tokenizer for both",
+                fix="take a teacher of the student's model family",
+            )

@@ -135,7 +135,7 @@ def padded_vocab(vocab: int, tensor: int, multiple: int) -> int:
 
 def check_layout(arch: Architecture, parallel: ParallelConfig, *, who: str) -> None:
     """Refuse a layout that does not divide the model, before anything is built."""
-    tensor, pipeline = parallel.tensor, parallel.pipeline
+    tensor, places = parallel.tensor, parallel.pipeline * parallel.virtual
     for what, number in (
         ("attention heads", arch.heads),
         ("key/value heads", arch.kv_heads),
@@ -148,9 +148,10 @@ def check_layout(arch: Architecture, parallel: ParallelConfig, *, who: str) -> N
                 expected=f"a tensor size that divides the {what}",
                 fix=f"use tensor parallel {' or '.join(map(str, fits[:6]))}",
             )
-    if arch.layers % pipeline:
+    if arch.layers % places:
+        chunks = f" x {parallel.virtual} chunks" if parallel.virtual > 1 else ""
         raise UserError(
-            f"{who}: {arch.layers} layers with pipeline parallel {pipeline}",
-            expected="a pipeline size that divides the layers",
+            f"{who}: {arch.layers} layers with pipeline parallel {parallel.pipeline}{chunks}",
+            expected="a pipeline size (times chunks) that divides the layers",
             fix=f"use one of {[n for n in range(1, arch.layers + 1) if arch.layers % n == 0][:8]}",
         )

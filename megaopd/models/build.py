@@ -48,6 +48,10 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         attention_softmax_in_fp32=True,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+        context_parallel_size=parallel.context,
+        # Two stages with several chunks send to each other both ways at once.
+        batch_p2p_comm=parallel.virtual == 1,
         sequence_parallel=parallel.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -77,6 +81,7 @@ def build_model(
     *,
     vocab_rows: int | None = None,
     max_sequence: int | None = None,
+    vp_stage: int | None = None,
 ) -> Any:
     """This rank's stage of the model, with uninitialised weights (models/convert.py loads them).
 
@@ -84,6 +89,7 @@ def build_model(
         vocab_rows: padded vocabulary over all tensor ranks; by default the model's own. A teacher
             takes the student's, so that both split the vocabulary at the same ids.
         max_sequence: longest sequence; by default the config's maximum.
+        vp_stage: which chunk of the stage (models/chunks.py); None: the stage is one model.
 
     Returns:
         A `HiddenStateGPT`: in training its last stage returns hidden states [S, B, H] (S/TP under
@@ -93,11 +99,11 @@ def build_model(
     config = transformer_config(arch, model, grid.config)
     built = hidden_state_gpt()(
         config=config,
-        transformer_layer_spec=layer_spec(arch, config, grid),
+        transformer_layer_spec=layer_spec(arch, config, grid, vp_stage),
         vocab_size=vocab_rows or padded_vocab(arch.vocab, grid.tp_size, model.vocab_multiple),
         max_sequence_length=max_sequence or arch.max_positions,
-        pre_process=grid.is_first_stage,
-        post_process=grid.is_last_stage,
+        pre_process=grid.is_first_stage and not vp_stage,
+        post_process=grid.is_last_stage and vp_stage in (None, grid.vp_size - 1),
         parallel_output=True,
         share_embeddings_and_output_weights=arch.tied,
         position_embedding_type="rope",
@@ -105,6 +111,7 @@ def build_model(
         rope_scaling=arch.llama3_rope_factor is not None,
         rope_scaling_factor=arch.llama3_rope_factor or 8.0,
         pg_collection=grid.groups,
+        vp_stage=vp_stage,
     )
     _mark_tensor_parallel(built)
     apply_fp8(built, model, grid)

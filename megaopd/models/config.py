@@ -87,3 +87,27 @@ class ModelConfig:
     def hf_dir(self) -> Path:
         """Where config.json and the tokenizer are; a Megatron checkpoint holds them in hf/."""
         return Path(self.path) / "hf" if self.is_megatron else Path(self.path)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on the student, in place of training its weights."""
+
+    rank: int = 0  # r; 0: no adapters, every weight is trained
+    alpha: float = 32.0  # the adapter's output is multiplied by alpha / rank
+    # Linear layers of every transformer layer. qkv and fc1 are fused matrices (q, k, v; gate, up)
+    # with one adapter over the whole.
+    targets: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = ("qkv", "proj", "fc1", "fc2")
+    seed: int = 0  # of A's start, which is the same under every layout; B starts at zero
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise UserError(f"lora.rank = {self.rank}", expected="0 (off) or more")
+        if self.rank and not self.targets:
+            raise UserError(
+                "lora.targets = []",
+                expected="some of qkv, proj, fc1, fc2: nothing would be trained",
+                fix="name a target, or set lora.rank=0",
+            )
+        if not self.alpha > 0:
+            raise UserError(f"lora.alpha = {self.alpha}", expected="a number above 0")

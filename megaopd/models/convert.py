@@ -5,6 +5,7 @@ than its shard and one full tensor, and rank 0 of an export one output file.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from megaopd import platform
 from megaopd.errors import UserError
 from megaopd.models.arch import architecture, read_hf_config
 from megaopd.models.build import build_model
-from megaopd.models.config import ModelConfig
+from megaopd.models.chunks import as_chunks, load_chunks, sharded_chunks
+from megaopd.models.config import LoraConfig, ModelConfig
 from megaopd.models.fp8 import remember_precise
+from megaopd.models.lora import add_adapters, fold
 from megaopd.models.sharded import load_sharded, read_manifest, save_sharded, verify
 from megaopd.models.weights import WeightStream, check_new_dir, export_hf, load_hf_weights
 from megaopd.parallel import Grid
@@ -23,23 +26,43 @@ from megaopd.report.progress import progress
 def load_weights(
     model: Any, config: ModelConfig, arch: Any, grid: Grid, *, progress: Any = None
 ) -> None:
-    """Fill this rank's stage from config.path, Hugging Face or Megatron; a collective."""
+    """Fill this rank's stage, or list of chunks, from config.path of either kind; a collective."""
     if not config.is_megatron:
         load_hf_weights(model, config.path, arch, grid, progress=progress)
         return
     why = verify(Path(config.path))
     if why:
         raise UserError(why, expected="an intact checkpoint", fix="convert or train it again")
-    saved = read_manifest(Path(config.path)).get("dtype", config.dtype)
+    manifest = read_manifest(Path(config.path))
+    saved = manifest.get("dtype", config.dtype)
     if saved != config.dtype:
         raise UserError(
             f"{config.path} holds {saved} weights, and the model is to be {config.dtype}",
             expected="the same dtype",
             fix=f"set dtype={saved}, or convert the Hugging Face checkpoint with --dtype",
         )
-    state = load_sharded({"model": model.sharded_state_dict()}, Path(config.path))
-    model.load_state_dict(state["model"])
-    remember_precise(model, state["model"])
+    lora, chunks = dict(manifest.get("lora", {})), as_chunks(model)
+    if lora:
+        _load_base(model, config, lora.pop("base"), arch, grid)
+        add_adapters(model, LoraConfig(**{**lora, "targets": tuple(lora["targets"])}))
+    wanted = sharded_chunks(chunks)
+    state = load_sharded(wanted, Path(config.path))
+    load_chunks(chunks, state)
+    for chunk, name in zip(chunks, wanted, strict=True):
+        remember_precise(chunk, state[name])
+    if lora:
+        fold(model)
+
+
+def _load_base(model: Any, config: ModelConfig, base: str, arch: Any, grid: Grid) -> None:
+    """The weights that a checkpoint of adapters was trained on top of."""
+    if not Path(base).is_dir():
+        raise UserError(
+            f"{config.path} holds LoRA adapters on {base}, which is not there",
+            expected="the checkpoint that student.path named when they were trained",
+            fix=f'put it back, or change "base" in {config.path}/manifest.json',
+        )
+    load_weights(model, replace(config, path=base), arch, grid)
 
 
 def hf_to_megatron(config: ModelConfig, out: Path, grid: Grid) -> None:

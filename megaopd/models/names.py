@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megaopd.models.arch import Architecture
+from megaopd.models.lora import is_adapter
 
 # read(name, dim, start, stop, length) -> that slice of the Hugging Face tensor, whose dimension
 # `dim` must have that length; dim None: all of the tensor.
@@ -166,8 +167,11 @@ def entries(model: Any, arch: Architecture) -> Iterator[Entry]:
     """
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-    offset = get_transformer_layer_offset(model.config, pp_rank=model.pg_collection.pp.rank())
+    pp_rank = model.pg_collection.pp.rank()
+    offset = get_transformer_layer_offset(model.config, model.vp_stage, pp_rank)
     for name, parameter in model.named_parameters():
+        if is_adapter(name):  # the stream adds it to its weight
+            continue
         layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
         if layer:
             local = TE_TO_LOCAL.get(layer[2], layer[2])

@@ -8,8 +8,8 @@ from megaopd.models.attention import sdpa_attention
 from megaopd.parallel import Grid
 
 
-def layer_spec(arch: Architecture, config: Any, grid: Grid) -> Any:
-    """The spec of this pipeline stage's layers, with the final norm."""
+def layer_spec(arch: Architecture, config: Any, grid: Grid, vp_stage: int | None = None) -> Any:
+    """The spec of the layers of this pipeline stage, or of its chunk, with the final norm."""
     from megatron.core.models.gpt import gpt_layer_specs as specs
     from megatron.core.transformer.transformer_block import (
         TransformerBlockSubmodules,
@@ -25,7 +25,7 @@ def layer_spec(arch: Architecture, config: Any, grid: Grid) -> Any:
     attention.core_attention = sdpa_attention()
     if arch.qk_norm:
         attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
-    count = get_num_layers_to_build(config, pp_rank=grid.pp_rank)
+    count = get_num_layers_to_build(config, vp_stage, grid.pp_rank)
     return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=LocalRMSNorm)  # pyright: ignore
 
 

@@ -1,7 +1,8 @@
 """The weights of a sharded model as Hugging Face tensors, one at a time.
 
 `WeightStream` is the one generator of (Hugging Face name, full tensor) that feeds every sink:
-export, the embedded rollout engine, and rollout servers.
+export, the embedded rollout engine, and rollout servers. A weight with a LoRA adapter comes merged,
+made when its turn comes: the live weights stay as they are.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 from megaopd.models.arch import Architecture
 from megaopd.models.fp8 import plain
+from megaopd.models.lora import merged
 from megaopd.models.names import Entry, Replicated, Rule, Split, entries
 from megaopd.parallel import Grid
 
@@ -28,6 +30,7 @@ class WeightStream:
       elsewhere. Data-parallel replicas have no part in it.
 
     Args:
+        model: this rank's stage, or the list of its chunks.
         only_rank_0: the second form.
         dtype: what rank 0 is to get, so that no more than that is sent (second form only); None:
             the parameters' own.
@@ -46,7 +49,8 @@ class WeightStream:
 
         self.arch, self.grid, self.only_rank_0, self.dtype = arch, grid, only_rank_0, dtype
         assert dtype is None or only_rank_0
-        self.own = list(entries(model, arch))
+        chunks = model if isinstance(model, list) else [model]
+        self.own = [entry for chunk in chunks for entry in entries(chunk, arch)]
         stage = [
             Described(
                 tuple(e.hf_names),
@@ -106,7 +110,7 @@ class WeightStream:
         import torch
         import torch.distributed as dist
 
-        shard = plain(entry.parameter)
+        shard = values_of(entry.parameter)
         if self.grid.tp_size == 1 or isinstance(entry.rule, Replicated):
             return entry.rule.merge([shard] * self.grid.tp_size, self.arch)
         shards = [torch.empty_like(shard) for _ in range(self.grid.tp_size)]
@@ -114,7 +118,7 @@ class WeightStream:
         return entry.rule.merge(shards, self.arch)
 
     def _to_rank_0(self) -> Iterator[tuple[str, Any]]:
-        if self.grid.dp_rank:
+        if self.grid.dp_rank or self.grid.cp_rank:
             return
         for stage, described in enumerate(self.stages):
             for index, entry in enumerate(described):
@@ -162,7 +166,7 @@ class WeightStream:
         first = self.grid.tp_rank == 0
         if not split and not first:
             return None
-        own = plain(self.own[index].parameter).to(entry.dtype).contiguous()
+        own = values_of(self.own[index].parameter).to(entry.dtype).contiguous()
         if not split:
             return own[None]
         # Not dist.gather: over gloo it takes room for all shards once more.
@@ -182,6 +186,11 @@ class WeightStream:
         for call in dist.batch_isend_irecv(calls):
             call.wait()
         return shards
+
+
+def values_of(parameter: Any) -> Any:
+    """What others are to see of a parameter: dequantised, and with its adapter merged in."""
+    return merged(parameter) if hasattr(parameter, "adapter") else plain(parameter)
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,7 @@ def load_hf_weights(
     A tied output layer on the last stage of a pipeline takes the embedding's rows.
 
     Args:
+        model: the stage, or the list of its chunks.
         progress: called with each parameter's bytes, if given.
 
     Raises:
@@ -122,11 +123,12 @@ def load_hf_weights(
 
     reader = HfReader(hf_dir)
     reader.check_names(arch)
-    todo = list(entries(model, arch))
+    chunks = model if isinstance(model, list) else [model]
+    todo = [entry for chunk in chunks for entry in entries(chunk, arch)]
     if arch.tied and grid.is_last_stage and not grid.is_first_stage:
         from megaopd.models.names import VocabRows
 
-        weight = model.output_layer.weight
+        weight = chunks[-1].output_layer.weight
         todo.append(Entry(weight, ["model.embed_tokens.weight"], VocabRows(weight.shape[0])))
     with torch.no_grad():
         for entry in todo:

@@ -15,6 +15,13 @@ class ReportConfig:
     wandb_project: str = "megaopd"
     every: int = 1  # steps between console lines and wandb points; the file gets every step
 
+    # Steps between two looks at how long each rank computes; the slowest is named. 0: never.
+    rank_times_every: int = 10
+
     def __post_init__(self) -> None:
         if self.every < 1:
             raise UserError(f"report.every = {self.every}", expected="at least 1")
+        if self.rank_times_every < 0:
+            raise UserError(
+                f"report.rank_times_every = {self.rank_times_every}", expected="0 or more"
+            )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megaopd import watchdog
 from megaopd.data.prompts import PromptStream
 from megaopd.data.types import Prompt, Sample
 from megaopd.parallel import Grid, broadcast_object, gather_objects
@@ -182,6 +183,7 @@ class RolloutBuffer:
             self._sample_here(batch)
             return self._chosen(batch)
         while True:
+            watchdog.beat()  # servers have time limits of their own
             news: Any = self._advance(batch) if self.grid.rank == 0 else None
             news = broadcast_object(news)
             if isinstance(news, list):

@@ -156,6 +156,18 @@ class Scorer:
         server.model = str(info.get("model_path", ""))
         server.release = tuple(map(int, re.findall(r"\d+", str(info.get("version", "")))[:3]))
 
+    async def texts(self, ids: Sequence[int]) -> list[str] | None:
+        """What the teacher's tokenizer makes of each id; None where its servers hold none."""
+        body = {"tokens": [[i] for i in ids], "skip_special_tokens": False}
+        try:
+            answer = await self._servers[0].client.post(
+                "/detokenize", body, timeout=PROBE_TIMEOUT_S
+            )
+        except ServerError:
+            return None
+        found = answer.get("text") if isinstance(answer, dict) else None
+        return found if isinstance(found, list) and len(found) == len(ids) else None
+
     @property
     def bytes_received(self) -> int:
         return sum(server.client.received for server in self._servers)

@@ -1,19 +1,25 @@
 """One optimizer step's samples, cut into the micro-batches of this data-parallel rank.
 
-Shapes: N samples, B micro-batch, S sequence, T = the rows of a micro-batch that the loss looks at.
-Hidden states arrive sequence-first, [S, B, H], so row s*B + b belongs to token s of sequence b.
+A micro-batch is B padded samples, or one row of packed samples. Under context parallelism a rank
+holds its part of every sequence.
+
+Shapes: N samples, L longest padded sample, B rows, S positions of a row (S/CP under context
+parallelism), T = the places of a micro-batch that the loss looks at. Hidden states arrive
+sequence-first, [S, B, H], so place s*B + b is that of position s of row b.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from megaopd import platform
-from megaopd.data.packing import pad_batch
+from megaopd.data.balance import Plan, packed_plan, padded_plan
+from megaopd.data.packing import PaddedBatch, Rows, packed_rows, pad_batch, padded_rows
 from megaopd.data.types import Sample
 from megaopd.errors import UserError
 from megaopd.losses import ListedTeacher, loss_weights
-from megaopd.parallel import Grid
+from megaopd.parallel import Grid, zigzag
 from megaopd.trainer.scores import RemoteScores
 
 
@@ -29,6 +35,10 @@ class MicroBatch:
     mask_T: Any  # [T] bool
     rollout_log_probs_T: Any  # [T] float32, 0 where the rollout gave none
     has_rollout_log_probs: bool
+    packed_seq_params: Any = None  # megatron's cu_seqlens of a packed row; None: padded rows
+    # Which token of which sample: sample * L + position of the `table` samples; n * L is padding.
+    slot_T: Any = None  # [T] int64
+    table: tuple[int, int] = (0, 0)  # n samples, L; all of a sample's tokens over its CP ranks
     payload: str = "hidden"  # what of the teacher reaches the loss (objectives.validate.PAYLOADS)
     remote: ListedTeacher | None = None  # [T] rows of a teacher on servers; on the last stage
     # Made before the update where the objective asks for it (importance.py), on the last stage.
@@ -54,6 +64,7 @@ def make_micro_batches(
     pad_id: int,
     loss_agg: str,
     max_sequence: int = 0,
+    micro_batch_tokens: int = 0,
     remote: RemoteScores | None = None,
 ) -> list[MicroBatch]:
     """Pad all samples of the step, weigh their tokens together, and keep this rank's share.
@@ -61,19 +72,17 @@ def make_micro_batches(
     The weights are made from every sample of the step, on every rank alike: no communication, and
     the step's loss and gradient do not depend on how it is cut into ranks and micro-batches.
 
-    A number of samples that does not divide is filled up with masked copies.
+    Padded samples that do not divide are filled up with masked copies, packed ones with empty rows.
 
     Args:
+        micro_batch_tokens: pack samples into rows of that many tokens (rounded up to what the
+            layout needs); 0: pad each to the longest.
         remote: scores of a teacher on servers; tokens that it did not score are masked.
 
     Raises:
-        UserError: a sample is longer than max_sequence.
+        UserError: a sample is longer than max_sequence or than micro_batch_tokens.
     """
     count = len(samples)
-    fill = -count % (micro_batch_size * grid.dp_size)
-    # Nothing of the copies was sampled: no spans.
-    masked = replace(samples[0], loss_mask=(0,) * len(samples[0].response_ids), spans=())
-    samples = [*samples, *[masked] * fill]
     longest = max(len(sample.tokens) for sample in samples)
     if max_sequence and longest > max_sequence:
         raise UserError(
@@ -81,6 +90,17 @@ def make_micro_batches(
             expected="samples that fit",
             fix="raise trainer.max_sequence, or lower rollout.max_new_tokens",
         )
+    budget = _round_up(micro_batch_tokens, grid.sequence_multiple)
+    plan = plan_step(
+        samples,
+        grid=grid,
+        micro_batch_size=micro_batch_size,
+        micro_batch_tokens=micro_batch_tokens,
+    )
+    fill = max((i + 1 for rank in plan for one in rank for i in one), default=count) - count
+    # Nothing of the copies was sampled: no spans.
+    masked = replace(samples[0], loss_mask=(0,) * len(samples[0].response_ids), spans=())
+    samples = [*samples, *[masked] * fill]
     batch = pad_batch(samples, pad_id=pad_id, multiple_of=grid.sequence_multiple)
     if remote is not None:
         batch = replace(batch, loss_mask=remote.keep_scored(batch.loss_mask, samples))
@@ -88,60 +108,133 @@ def make_micro_batches(
     if loss_agg == "seq-mean-token-sum-norm":
         options["max_length"] = max_sequence
     weights = loss_weights(batch.loss_mask, loss_agg=loss_agg, **options)
-    has_log_probs = all(sample.log_probs is not None for sample in samples)
+    lengths, width = segment_lengths(samples, grid), batch.tokens.shape[1]
     made = []
-    share = share_of(grid.dp_rank, count, micro_batch_size=micro_batch_size, grid=grid)
-    for i in share[::micro_batch_size]:
-        which = range(i, i + micro_batch_size)
-        micro = _cut(batch, weights, slice(which.start, which.stop), grid, has_log_probs)
+    for which in plan[grid.dp_rank]:
+        if budget:
+            rows = packed_rows(which, lengths, length=width, budget=budget)
+        else:
+            rows = padded_rows(which, width)
+        micro = _cut(batch, weights, which, rows, grid, pad_id)
         if remote is not None:
-            listed = remote.listed(which, samples, batch.tokens.shape[1])
-            micro = replace(micro, payload=remote.payload, remote=_select(listed, micro.rows))
+            listed = remote.listed(which, samples, width)
+            micro = replace(micro, payload=remote.payload, remote=_select(listed, micro.slot_T))
         made.append(micro)
-    return made
+    if any(sample.log_probs is None for sample in samples):
+        return made
+    return [replace(micro, has_rollout_log_probs=True) for micro in made]
 
 
-def share_of(dp_rank: int, count: int, *, micro_batch_size: int, grid: Grid) -> range:
-    """Which of `count` samples, filled up with copies, are a data-parallel rank's."""
-    share = (count + -count % (micro_batch_size * grid.dp_size)) // grid.dp_size
-    return range(dp_rank * share, (dp_rank + 1) * share)
+def plan_step(
+    samples: Sequence[Sample], *, grid: Grid, micro_batch_size: int, micro_batch_tokens: int = 0
+) -> Plan:
+    """[data-parallel rank][micro-batch] -> indices of samples, the same on every rank.
+
+    Indices from len(samples) on are the masked copies that fill up padded micro-batches.
+    """
+    if not micro_batch_tokens:
+        return padded_plan(
+            len(samples),
+            ranks=grid.dp_size,
+            micro_batch_size=micro_batch_size,
+            micro_batches_of=grid.micro_batches_of,
+        )
+    return packed_plan(
+        segment_lengths(samples, grid),
+        ranks=grid.dp_size,
+        budget=_round_up(micro_batch_tokens, grid.sequence_multiple),
+        micro_batches_of=grid.micro_batches_of,
+    )
 
 
-def _select(listed: ListedTeacher | None, rows: Any) -> ListedTeacher | None:
+def segment_lengths(samples: Sequence[Sample], grid: Grid) -> list[int]:
+    """Tokens that each sample takes up in a packed row."""
+    return [_round_up(len(sample.tokens), grid.segment_multiple) for sample in samples]
+
+
+def shares_of(plan: Plan, count: int) -> list[list[int]]:
+    """Which of `count` samples are each data-parallel rank's, in the order of its micro-batches."""
+    return [[i for one in rank for i in one if i < count] for rank in plan]
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _select(listed: ListedTeacher | None, slot_T: Any) -> ListedTeacher | None:
     """The rows that the loss looks at, on this rank's device."""
     if listed is None:
         return None
 
     def pick(x: Any) -> Any:
-        if x is None:
-            return None
-        x = x.to(platform.device())
-        return x if rows is None else x.index_select(0, rows)
+        return None if x is None else x.to(platform.device()).index_select(0, slot_T)
 
     return ListedTeacher(
         pick(listed.ids), pick(listed.log_q), pick(listed.label_log_q), listed.support
     )
 
 
-def _cut(batch: Any, weights: Any, which: slice, grid: Grid, has_log_probs: bool) -> MicroBatch:
-    device = platform.device()
-    rows_first = [
-        tensor[which].t().reshape(-1)
-        for tensor in (batch.labels, weights, batch.loss_mask, batch.rollout_log_probs)
-    ]
-    rows = None
+def _cut(
+    batch: PaddedBatch, weights: Any, which: Sequence[int], rows: Rows, grid: Grid, pad_id: int
+) -> MicroBatch:
+    """This rank's part of the rows, with everything that belongs to their tokens."""
+    import torch
+
+    device, width = platform.device(), batch.tokens.shape[1]
+    source, position_ids = rows.source, rows.position_ids
+    if grid.cp_size > 1:
+        own = zigzag(rows.bounds or (0, source.shape[1]), grid.cp_rank, grid.cp_size)
+        source, position_ids = source[:, own], position_ids[:, own]
+    flat = source.t().reshape(-1)
+
+    def take(table_NL: Any, places: Any, fill: Any) -> Any:
+        picked = table_NL.reshape(-1)[places.clamp_min(0)]
+        return torch.where(places >= 0, picked, torch.full_like(picked, fill))
+
+    mask = take(batch.loss_mask, flat, False)
+    kept = None
     if not grid.config.sequence:  # a rank of a sequence-parallel group holds a part of the rows
-        rows = rows_first[2].nonzero().squeeze(1)
-        rows_first = [tensor.index_select(0, rows) for tensor in rows_first]
-        rows = rows.to(device)
-    labels, weights_T, mask, log_probs = (tensor.to(device) for tensor in rows_first)
+        kept = mask.nonzero().squeeze(1)
+        flat, mask = flat[kept], mask[kept]
+        kept = kept.to(device)
+    place = torch.full((len(batch.tokens),), 0)
+    place[list(which)] = torch.arange(len(which))
+    slot = torch.where(
+        flat >= 0, place[flat.clamp_min(0) // width] * width + flat % width, len(which) * width
+    )
     return MicroBatch(
-        tokens=batch.tokens[which].to(device),
-        position_ids=batch.position_ids[which].to(device),
-        rows=rows,
-        labels_T=labels,
-        weights_T=weights_T,
-        mask_T=mask,
-        rollout_log_probs_T=log_probs,
-        has_rollout_log_probs=has_log_probs,
+        tokens=take(batch.tokens, source, pad_id).to(device),
+        position_ids=position_ids.contiguous().to(device),
+        rows=kept,
+        labels_T=take(batch.labels, flat, pad_id).to(device),
+        weights_T=take(weights, flat, 0.0).to(device),
+        mask_T=mask.to(device),
+        rollout_log_probs_T=take(batch.rollout_log_probs, flat, 0.0).to(device),
+        has_rollout_log_probs=False,
+        packed_seq_params=_packed_seq_params(rows.bounds),
+        slot_T=slot.to(device),
+        table=(len(which), width),
+    )
+
+
+def _packed_seq_params(bounds: Sequence[int] | None) -> Any:
+    """megatron-core's description of a packed row, before it is cut over context-parallel ranks."""
+    if bounds is None:
+        return None
+    import torch
+
+    platform.install()
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=platform.device())
+    longest = max(b - a for a, b in pairwise(bounds))
+    return PackedSeqParams(  # pyright: ignore
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        # The same: padding behind a sequence is part of it. Transformer Engine asks for them.
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
     )

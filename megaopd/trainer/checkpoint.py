@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,15 @@ class Checkpoints:
 
         self.dir.mkdir(parents=True, exist_ok=True)
         state = {**student.sharded_state(loading=False), "run": {"step": step, **run_state}}
-        layout = {"tensor": self.grid.tp_size, "pipeline": self.grid.pp_size}
-        layout["data"] = self.grid.dp_size
         save_sharded(
             state,
             self.path(step),
             info={
                 "step": step,
-                "layout": layout,
+                "layout": self._layout(),
                 "family": student.arch.family,
-                "dtype": str(student.model.config.params_dtype).removeprefix("torch."),
+                "dtype": str(student.chunks[0].config.params_dtype).removeprefix("torch."),
+                **_adapter_info(student),
             },
             side_files=hf_dir,
         )
@@ -78,11 +78,27 @@ class Checkpoints:
     def load(self, step: int, student: Student) -> dict[str, Any]:
         """Put the student back to `step`, under any layout; the saved run state. A collective."""
         layout = read_manifest(self.path(step))["layout"]
-        mine = {"tensor": self.grid.tp_size, "pipeline": self.grid.pp_size}
         wanted = student.sharded_state(loading=True)
-        if layout != {**mine, "data": self.grid.dp_size}:
+        if {"context": 1, "virtual": 1, **layout} != self._layout():
             # Another layout has other RNG streams; nothing in a run draws from them but dropout.
             del wanted["rng"]
         state = load_sharded({**wanted, "run": {}}, self.path(step))
         student.load_sharded_state(state)
         return state["run"]
+
+    def _layout(self) -> dict[str, int]:
+        grid = self.grid
+        return {
+            "tensor": grid.tp_size,
+            "pipeline": grid.pp_size,
+            "virtual": grid.vp_size,
+            "context": grid.cp_size,
+            "data": grid.dp_size,
+        }
+
+
+def _adapter_info(student: Student) -> dict[str, Any]:
+    """What a checkpoint of adapters must say: their shape, and the weights that they belong to."""
+    if not student.lora.rank:
+        return {}
+    return {"lora": {**asdict(student.lora), "base": str(Path(student.base).resolve())}}

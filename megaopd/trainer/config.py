@@ -21,6 +21,11 @@ class OptimConfig:
     eps: float = 1e-8  # added to the root of the running square
     clip_grad: float = 1.0  # global gradient norm; 0 switches clipping off
     distributed: bool = True  # optimizer state split over data-parallel ranks (ZeRO-1)
+    # Share of the optimizer's state that lives on the host and is updated there; needs a GPU and
+    # Transformer Engine.
+    cpu_offload: float = 0.0
+    # Of Adam's two moments; bfloat16 needs Transformer Engine's fused Adam.
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         for name in ("min_lr", "warmup_steps", "weight_decay", "clip_grad"):
@@ -33,6 +38,25 @@ class OptimConfig:
                 f"optim.min_lr = {self.min_lr} above optim.lr = {self.lr}",
                 expected="min_lr <= lr",
             )
+        self._check_placement()
+
+    def _check_placement(self) -> None:
+        if not 0 <= self.cpu_offload <= 1:
+            raise UserError(f"optim.cpu_offload = {self.cpu_offload}", expected="a share, 0 to 1")
+        wanted = "cpu_offload" if self.cpu_offload else "state_dtype"
+        narrow = self.state_dtype != "float32"
+        if (self.cpu_offload or narrow) and not self.distributed:
+            raise UserError(
+                f"optim.{wanted} = {getattr(self, wanted)} with optim.distributed = false",
+                expected="megatron-core offers it in its distributed optimizer only",
+                fix="set optim.distributed=true",
+            )
+        if self.cpu_offload and narrow:
+            raise UserError(
+                f"optim.cpu_offload = {self.cpu_offload} with optim.state_dtype = bfloat16",
+                expected="one of the two: the host's Adam keeps its moments in float32",
+                fix="set optim.state_dtype=float32, or optim.cpu_offload=0.0",
+            )
 
 
 @dataclass(frozen=True)
@@ -40,6 +64,9 @@ class TrainerConfig:
     """The batch of one optimizer step."""
 
     micro_batch_size: int = 1  # sequences of one forward pass on one data-parallel rank
+    # Pack samples of any length into rows of that many tokens, one row a forward pass; 0: pad each
+    # to the longest of the step.
+    micro_batch_tokens: int = 0
     max_sequence: int = 0  # longest prompt + response; 0: no limit
 
     def __post_init__(self) -> None:
@@ -47,6 +74,22 @@ class TrainerConfig:
             raise UserError(
                 f"trainer.micro_batch_size = {self.micro_batch_size}", expected="at least 1"
             )
+        if self.micro_batch_tokens < 0:
+            raise UserError(
+                f"trainer.micro_batch_tokens = {self.micro_batch_tokens}", expected="0 or more"
+            )
+        if self.micro_batch_tokens and self.micro_batch_size > 1:
+            raise UserError(
+                f"trainer.micro_batch_tokens = {self.micro_batch_tokens} with "
+                f"trainer.micro_batch_size = {self.micro_batch_size}",
+                expected="one of them: a packed row holds as many samples as it has room for",
+                fix="leave trainer.micro_batch_size at 1",
+            )
+
+    def longest(self, positions: int) -> int:
+        """Tokens that a sample of a model with that many positions may have."""
+        limits = (positions, self.max_sequence, self.micro_batch_tokens)
+        return min(limit for limit in limits if limit)
 
 
 @dataclass(frozen=True)

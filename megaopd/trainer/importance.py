@@ -3,7 +3,7 @@
 The ratio p_trainer(y) / p_engine(y) at the weights that sampled y. With one optimizer step per
 rollout these are the current ones, so that one pass serves the whole step.
 
-Shapes: B micro-batch, S sequence, T the rows that the loss looks at.
+Shapes: T the places of a micro-batch that the loss looks at.
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,8 @@ def with_importance_weights(
         chunk_size=objective.chunk_size or None,
     )
     micro_batches = [
-        weigh(micro, old_T, objective) for micro, old_T in zip(micro_batches, made, strict=True)
+        weigh(micro, old_T, objective, grid)
+        for micro, old_T in zip(micro_batches, made, strict=True)
     ]
     if objective.loss_agg != "token-mean":
         return micro_batches
@@ -65,26 +66,29 @@ def with_importance_weights(
     return [_scaled(micro, total / kept if kept else 0.0) for micro in micro_batches]
 
 
-def weigh(micro: MicroBatch, old_T: Any, objective: ObjectiveConfig) -> MicroBatch:
+def weigh(micro: MicroBatch, old_T: Any, objective: ObjectiveConfig, grid: Grid) -> MicroBatch:
     """One micro-batch with its weights, token-mean's denominator left as it was.
+
+    A sample's tokens may be spread over the context-parallel ranks: each of them gets all.
 
     old_T [T]: the trainer's log-probs; None off the last stage, where nothing is done.
     """
     import torch
+    import torch.distributed as dist
 
     if old_T is None:
         return micro
-    count, length = micro.tokens.shape
-    rows = micro.rows
-    if rows is None:
-        rows = torch.arange(count * length, device=old_T.device)
+    count, length = micro.table
 
     def by_sample(x_T: Any) -> Any:
-        flat = x_T.new_zeros(count * length)
-        flat[rows] = x_T
-        return flat.view(length, count).t()  # row s*B + b is token s of sequence b
+        flat = x_T.new_zeros(count * length + 1)
+        flat[micro.slot_T] = x_T
+        table = flat[:-1].view(count, length)
+        if grid.cp_size > 1:
+            dist.all_reduce(table, group=grid.groups.cp)
+        return table
 
-    mask = by_sample(micro.mask_T)
+    mask = by_sample(micro.mask_T.to(torch.int32)) > 0
     weight, found = tis_weights(
         by_sample(old_T), by_sample(micro.rollout_log_probs_T), mask, mode=objective.tis
     )
@@ -92,11 +96,12 @@ def weigh(micro: MicroBatch, old_T: Any, objective: ObjectiveConfig) -> MicroBat
     counted = (mask.any(1) if objective.tis in ("seq", "reject") else mask).sum().double()
     if objective.loss_agg == "seq-mean-token-mean":
         weight = weight * (mask.sum(1) / (weight > 0).sum(1).clamp_min(1))[:, None]
-    weight_T = weight.t().reshape(-1)[rows].to(micro.weights_T)
+    padded = torch.nn.functional.pad(weight.reshape(-1), (0, 1))
+    sums = torch.stack([*sums, found["clip_fraction"].double() * counted, counted])
     return replace(
         micro,
-        importance_weights_T=micro.weights_T * weight_T,
-        importance_sums=torch.stack([*sums, found["clip_fraction"].double() * counted, counted]),
+        importance_weights_T=micro.weights_T * padded[micro.slot_T].to(micro.weights_T),
+        importance_sums=sums / grid.cp_size,  # each context-parallel rank counts whole samples
     )
 
 

@@ -11,7 +11,7 @@ from megaopd.data.types import Prompt, Sample
 from megaopd.losses import fused_linear_log_prob
 from megaopd.parallel import Grid, sum_from_last_stage
 from megaopd.trainer.batch import MicroBatch, make_micro_batches
-from megaopd.trainer.step import run_schedule
+from megaopd.trainer.step import forward_micro_batch, run_schedule
 
 
 def token_log_probs(
@@ -31,7 +31,7 @@ def token_log_probs(
 
     def forward_step(iterator: Iterator[MicroBatch], stage: Any) -> tuple[Any, Any]:
         micro = next(iterator)
-        return stage(micro.tokens, micro.position_ids, None), partial(log_prob, micro)
+        return forward_micro_batch(stage, micro), partial(log_prob, micro)
 
     def log_prob(micro: MicroBatch, hidden: Any, non_loss_data: bool = True) -> Any:
         return fused_linear_log_prob(
@@ -66,9 +66,10 @@ def sequence_log_probs(
         pad_id=token_ids[0],
         loss_agg="token-mean",
     )
-    micro = micro_batches[0]
-    made = token_log_probs(model, output_weight, grid, micro_batches, vocab=vocab)[0]
-    found = torch.zeros(len(token_ids) - 1, dtype=torch.float64, device=micro.tokens.device)
-    if made is not None:
-        found += made[micro.mask_T].double()
+    made = token_log_probs(model, output_weight, grid, micro_batches, vocab=vocab)
+    device = micro_batches[0].tokens.device
+    found = torch.zeros(len(token_ids) - 1, dtype=torch.float64, device=device)
+    for micro, log_probs in zip(micro_batches, made, strict=True):
+        if log_probs is not None:  # micro-batches hold one sample each; the fill-up ones no token
+            found[micro.slot_T[micro.mask_T]] += log_probs[micro.mask_T].double()
     return tuple((sum_from_last_stage(found, grid) / grid.dp_size).tolist())

@@ -82,16 +82,16 @@ class TurnTaking:
 
     def before_sync(self) -> int:
         """Put gradients, optimizer state and the teacher away; the bytes freed."""
-        freed = self._gradients.put_away(gradient_tensors(self.student.ddp))
+        freed = self._gradients.put_away(gradient_tensors(self.student.wrapped))
         state = list(optimizer_tensors(self.student.optimizer))
         if self.teacher is not None:
-            state += self.teacher.model.parameters()
-        weights = _pointers(self.student.ddp.parameters())
+            state += _parameters(self.teacher.chunks)
+        weights = _pointers(_parameters(self.student.chunks))
         return freed + self._state.put_away(t for t in state if _pointer(t) not in weights)
 
     def before_rollout(self) -> int:
         """Put the student's weights away too; the bytes freed."""
-        return self._weights.put_away(self.student.ddp.parameters())
+        return self._weights.put_away(_parameters(self.student.chunks))
 
     def before_update(self) -> None:
         """Bring everything back."""
@@ -99,10 +99,15 @@ class TurnTaking:
             shelf.bring_back()
 
 
-def gradient_tensors(ddp: Any) -> Iterator[Any]:
-    """The flat gradient buffers of megatron-core's DDP."""
-    for buffer in [*ddp.buffers, *ddp.expert_parallel_buffers]:
-        yield buffer.grad_data
+def gradient_tensors(wrapped: Iterable[Any]) -> Iterator[Any]:
+    """The flat gradient buffers of megatron-core's DDP around each chunk."""
+    for ddp in wrapped:
+        for buffer in [*ddp.buffers, *ddp.expert_parallel_buffers]:
+            yield buffer.grad_data
+
+
+def _parameters(chunks: Iterable[Any]) -> list[Any]:
+    return [parameter for chunk in chunks for parameter in chunk.parameters()]
 
 
 def optimizer_tensors(optimizer: Any) -> Iterator[Any]:

@@ -23,6 +23,7 @@ from functools import partial
 from typing import Any
 
 from megaopd import platform
+from megaopd.data.tokenizer import check_same_texts, spread_ids
 from megaopd.data.types import Sample
 from megaopd.errors import UserError
 from megaopd.objectives.remote import check_remote, remote_payload
@@ -31,11 +32,11 @@ from megaopd.parallel import Grid, gather_objects
 from megaopd.rollout.loop import LoopThread
 from megaopd.rollout.score_tables import ABSENT, ScoreRequest, TokenScores
 from megaopd.rollout.scoring import Scorer, ScoringLimits
-from megaopd.trainer.batch import share_of
 from megaopd.trainer.config import RemoteTeacherConfig
 from megaopd.trainer.scores import RemoteScores, pack
 
 Key = tuple[str, int, tuple[int, ...]]
+COMPARED_IDS = 512  # of the vocabulary, spread over it
 _COUNTED = ("tokens", "missing", "entries", "missing_entries")
 
 
@@ -63,10 +64,12 @@ class RemoteTeacher:
     """Scores samples; making it is a collective, as is `score`.
 
     Args:
+        tokenizer: the student's, which the servers' is compared with.
         prompt_of: the teacher's prompt of a sample, which may hold more than the student's.
 
     Raises:
-        UserError: a server that does not answer, or an objective that it cannot serve.
+        UserError: a server that does not answer or has another tokenizer, or an objective that it
+            cannot serve.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class RemoteTeacher:
         objective: ObjectiveConfig,
         grid: Grid,
         *,
+        tokenizer: Any = None,
         prompt_of: Callable[[Sample], Sequence[int]] = lambda sample: sample.prompt.token_ids,
     ) -> None:
         check_remote(objective, log_probs=True)
@@ -82,15 +86,18 @@ class RemoteTeacher:
         self.payload = remote_payload(objective)
         self.k = objective.own_k if self.payload == "topk" else 0
         self.of_student = bool(self.k) and objective.lists_of_student
-        leads = grid.is_last_stage and grid.tp_rank == 0
+        leads = grid.is_last_stage and grid.tp_rank == 0 and grid.cp_rank == 0
         places = gather_objects(grid.dp_rank if leads else None)
         self.leaders = {dp_rank: rank for rank, dp_rank in enumerate(places) if dp_rank is not None}
         self._pending: dict[Key, Future[TokenScores]] = {}
         self._seen: dict[str, int] = {}
+        self.unchecked = ""  # what could not be compared, on rank 0
         self._loop: LoopThread | None = None
         self._scorer: Scorer | None = None
         # Rank 0 too: it speaks to the servers that sample, and has samples as they finish.
         error = self._open(config) if leads or grid.rank == 0 else None
+        if error is None and grid.rank == 0 and tokenizer is not None:
+            error = self._compare(tokenizer)
         _raise_first(gather_objects(error))
 
     def _open(self, config: RemoteTeacherConfig) -> UserError | None:
@@ -105,6 +112,23 @@ class RemoteTeacher:
         )
         try:
             self._loop.run(self._scorer.open())
+        except UserError as err:
+            return err
+        return None
+
+    def _compare(self, tokenizer: Any) -> UserError | None:
+        """Whether ids mean the same to the student and to the servers."""
+        assert self._loop is not None and self._scorer is not None
+        ids = spread_ids(tokenizer, COMPARED_IDS)
+        texts = self._loop.run(self._scorer.texts([i for i in ids if i < self._scorer.vocab]))
+        if texts is None:
+            self.unchecked = (
+                "the teacher's servers were started without a tokenizer (or cannot detokenize): "
+                "that its ids mean what the student's mean was not checked"
+            )
+            return None
+        try:
+            check_same_texts(tokenizer, ids, texts)
         except UserError as err:
             return err
         return None
@@ -144,19 +168,17 @@ class RemoteTeacher:
         k = 0 if self.of_student else self.k
         return ScoreRequest(name, prompt, sample.response_ids, k, top_ids)
 
-    def score(self, samples: Sequence[Sample], *, micro_batch_size: int) -> RemoteScores:
+    def score(self, samples: Sequence[Sample], shares: Sequence[Sequence[int]]) -> RemoteScores:
         """Scores of a step's samples, the same list on every rank; a collective.
+
+        Args:
+            shares: which samples each data-parallel rank trains on (trainer.batch.shares_of).
 
         Raises:
             UserError: on every rank: samples without the student's ids where the loss is on them,
                 a sequence that no server takes, or servers that do not answer.
         """
         self._check_top_ids(samples)
-        shares = [
-            share_of(d, len(samples), micro_batch_size=micro_batch_size, grid=self.grid)
-            for d in range(self.grid.dp_size)
-        ]
-        shares = [range(s.start, min(s.stop, len(samples))) for s in shares]
         owners = self._owners(samples, shares)
         mine = [i for i, owner in enumerate(owners) if owner == self.grid.rank]
         report, packed = self._score_mine(samples, mine)
@@ -187,10 +209,11 @@ class RemoteTeacher:
                 "objective.support=teacher_topk",
             )
 
-    def _owners(self, samples: Sequence[Sample], shares: Sequence[range]) -> list[int]:
+    def _owners(self, samples: Sequence[Sample], shares: Sequence[Sequence[int]]) -> list[int]:
         """The rank that scores each sample: who began with it, else the leader of its share."""
         begun = gather_objects([i for i, s in enumerate(samples) if _key(s) in self._pending])
-        owners = [self.leaders[d] for d, share in enumerate(shares) for _ in share]
+        owned = {i: self.leaders[d] for d, share in enumerate(shares) for i in share}
+        owners = [owned[i] for i in range(len(samples))]
         for rank in reversed(range(len(begun))):  # where two began, the lower rank
             for i in begun[rank]:
                 owners[i] = rank
@@ -230,7 +253,7 @@ class RemoteTeacher:
     def _exchange(
         self,
         samples: Sequence[Sample],
-        shares: Sequence[range],
+        shares: Sequence[Sequence[int]],
         owners: Sequence[int],
         packed: dict[int, Any],
     ) -> dict[int, Any] | None:
@@ -252,8 +275,8 @@ class RemoteTeacher:
             return None
         share = list(shares[grid.dp_rank])
         table = self._joined(samples, share, packed)
-        if grid.tp_size > 1:
-            dist.broadcast(table, self.leaders[grid.dp_rank], group=grid.groups.tp)
+        if grid.tp_size * grid.cp_size > 1:
+            dist.broadcast(table, self.leaders[grid.dp_rank], group=grid.groups.tp_cp)
         return self._split(samples, share, table)
 
     def _joined(self, samples: Sequence[Sample], which: Sequence[int], packed: Any) -> Any:

@@ -1,6 +1,6 @@
 """A remote teacher's scores of one step's samples, laid out for its micro-batches.
 
-Shapes: N samples, R response tokens of one, B micro-batch, S sequence, K entries of a list.
+Shapes: N samples, S positions of a padded one, R response tokens of one, K entries of a list.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,27 +42,30 @@ class RemoteScores:
             kept[row, _rows(sample)] &= torch.from_numpy(valid)
         return kept
 
-    def listed(self, which: range, samples: Sequence[Sample], length: int) -> ListedTeacher | None:
-        """The rows [S*B] of samples `which`, as the loss takes them; None off the last stage.
+    def listed(
+        self, which: Sequence[int], samples: Sequence[Sample], length: int
+    ) -> ListedTeacher | None:
+        """Rows of samples `which`, [len(which) * length + 1]; None off the last stage.
 
-        Row s*B + b is token s of sequence b. What was not scored is absent, and 0 at the label.
+        Row j*length + s is token s of sample which[j], the last row that of padding. What was not
+        scored is absent, and 0 at the label.
         """
         import torch
 
         if self.packed is None:
             return None
-        table = torch.zeros(length, len(which), 1 + self.k)
-        ids = torch.full((length, len(which), self.k), ABSENT, dtype=torch.int32)
-        for column, index in enumerate(which):
+        table = torch.zeros(len(which) * length + 1, 1 + self.k)
+        ids = torch.full((len(table), self.k), ABSENT, dtype=torch.int32)
+        for place, index in enumerate(which):
             if index in self.packed:
-                rows, packed = _rows(samples[index]), self.packed[index]
-                table[rows, column] = packed[:, : 1 + self.k]
-                ids[rows, column] = packed[:, 1 + self.k :].contiguous().view(torch.int32)
-        table = table.flatten(0, 1)
+                own, packed = _rows(samples[index]), self.packed[index]
+                rows = slice(place * length + own.start, place * length + own.stop)
+                table[rows] = packed[:, : 1 + self.k]
+                ids[rows] = packed[:, 1 + self.k :].contiguous().view(torch.int32)
         label = torch.nan_to_num(table[:, 0], nan=0.0)
         if self.support is None:
             return ListedTeacher(label_log_q=label)
-        return ListedTeacher(ids.flatten(0, 1), table[:, 1:], label, self.support)
+        return ListedTeacher(ids, table[:, 1:], label, self.support)
 
 
 def pack(scores: Any, k: int) -> Any:

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from megaopd import faults
+from megaopd import faults, watchdog
 from megaopd.losses import Objective, OutputLayer, fused_linear_objectives
 from megaopd.losses.importance import bounded_exp
+from megaopd.models.chunks import as_chunks
 from megaopd.objectives.names import LIST_STATS
 from megaopd.objectives.spec import ObjectiveConfig
 from megaopd.objectives.terms import TERMS, WeightedTerm, make_terms
@@ -37,6 +38,7 @@ def run_schedule(
     """Run Megatron's schedule for this pipeline size over one item of `inputs` per micro-batch.
 
     Args:
+        model: this rank's stage, or the list of its chunks, first layers first.
         inputs: MicroBatch, or a tuple that starts with one; every micro-batch of one shape [B, S].
         collect: return what the loss function returns instead of treating it as a loss.
 
@@ -48,20 +50,34 @@ def run_schedule(
 
     first = inputs[0] if isinstance(inputs[0], MicroBatch) else inputs[0][0]
     micro_batch_size, sequence = first.tokens.shape
-    config = model.config
-    schedule = get_forward_backward_func(pp_size=grid.pp_size, vp_size=None)
+    chunks = as_chunks(model)
+    config = chunks[0].config
+    interleaved = len(chunks) > 1
+    schedule = get_forward_backward_func(
+        pp_size=grid.pp_size, vp_size=len(chunks) if interleaved else None
+    )
     return schedule(
         forward_step_func=forward_step,
-        data_iterator=iter(inputs),
-        model=[model],
+        data_iterator=[iter(inputs) for _ in chunks] if interleaved else iter(inputs),
+        model=chunks,
         num_microbatches=len(inputs),
-        seq_length=sequence,
+        seq_length=sequence * grid.cp_size,  # of all context-parallel ranks
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
         collect_non_loss_data=collect,
         pg_collection=grid.groups,
         p2p_communicator=P2PCommunicator(grid.groups.pp, config) if grid.pp_size > 1 else None,
     )
+
+
+def forward_micro_batch(stage: Any, micro: MicroBatch) -> Any:
+    """One pipeline stage on one micro-batch: whatever a forward pass needs is in the micro-batch.
+
+    Returns:
+        The stage's hidden states, [S(/CP)(/TP), B, H].
+    """
+    watchdog.beat()
+    return stage(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params)
 
 
 def objective_pass(
@@ -79,7 +95,7 @@ def objective_pass(
     """Forward (and backward) of the objective over all micro-batches; token means of its stats.
 
     Args:
-        model: the student stage (wrapped in DDP where gradients are wanted).
+        model: the student's stage or its chunks (wrapped in DDP where gradients are wanted).
         output_weight: callable that gives the student's [Vp, H] shard; used on the last stage.
         vocab: ids that are real in both models; logits of padded ids count for nothing.
         teacher_hidden: one [T, Ht] per micro-batch on the last stage, or None for sft and for a
@@ -97,8 +113,7 @@ def objective_pass(
         micro, hidden_t = next(iterator)
         if not forward_only:
             faults.point("forward")
-        output = stage(micro.tokens, micro.position_ids, None)
-        return output, partial(loss_func, micro, hidden_t)
+        return forward_micro_batch(stage, micro), partial(loss_func, micro, hidden_t)
 
     def loss_func(micro: MicroBatch, hidden_t: Any, hidden: Any) -> tuple[Any, Any, Any]:
         import torch

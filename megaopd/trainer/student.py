@@ -5,9 +5,10 @@ from typing import Any
 
 from megaopd import faults, platform
 from megaopd.models.arch import Architecture, padded_vocab
-from megaopd.models.build import build_model
-from megaopd.models.config import ModelConfig
+from megaopd.models.chunks import build_chunks, load_chunks, sharded_chunks
+from megaopd.models.config import LoraConfig, ModelConfig
 from megaopd.models.convert import load_weights
+from megaopd.models.lora import add_adapters
 from megaopd.models.weights import WeightStream
 from megaopd.objectives.spec import ObjectiveConfig
 from megaopd.objectives.validate import needs
@@ -16,7 +17,8 @@ from megaopd.trainer.batch import MicroBatch
 from megaopd.trainer.config import OptimConfig
 from megaopd.trainer.importance import with_importance_weights
 from megaopd.trainer.log_probs import sequence_log_probs
-from megaopd.trainer.optim import make_optimizer, make_schedule, wrap_ddp
+from megaopd.trainer.optim import check_optimizer, make_optimizer, make_schedule, wrap_ddp
+from megaopd.trainer.pace import Pace
 from megaopd.trainer.step import objective_pass
 from megaopd.trainer.teacher import Teacher
 
@@ -29,6 +31,7 @@ class Student:
         vocab_rows: padded vocabulary over all tensor ranks.
         optim: None for a student that is only evaluated: no gradients, no optimizer state.
         total_steps: where the learning-rate decay ends.
+        lora: train adapters on top of the checkpoint's weights, which stay frozen.
     """
 
     def __init__(
@@ -42,26 +45,50 @@ class Student:
         total_steps: int = 1,
         vocab: int | None = None,
         vocab_rows: int | None = None,
+        lora: LoraConfig | None = None,
         progress: Any = None,
     ) -> None:
+        if optim is not None:
+            check_optimizer(optim)
+        self.base, self.lora = config.path, lora or LoraConfig()
         self.arch, self.grid, self.objective = arch, grid, objective
         self.vocab = vocab or arch.vocab
         rows = vocab_rows or padded_vocab(arch.vocab, grid.tp_size, config.vocab_multiple)
-        self.model = build_model(arch, config, grid, vocab_rows=rows).to(platform.device())
-        load_weights(self.model, config, arch, grid, progress=progress)
+        chunks = build_chunks(arch, config, grid, vocab_rows=rows)
+        self.chunks = [chunk.to(platform.device()) for chunk in chunks]
+        load_weights(self.chunks, config, arch, grid, progress=progress)
         if optim is None:  # to be evaluated only
-            self.ddp = self.model.eval().requires_grad_(False)
+            self.wrapped = [chunk.eval().requires_grad_(False) for chunk in self.chunks]
             return
-        self.ddp = wrap_ddp(self.model, optim, grid)
-        self.optimizer = make_optimizer(self.ddp, optim, grid)
+        if self.lora.rank:
+            add_adapters(self.chunks, self.lora)
+        self.wrapped = wrap_ddp(self.chunks, optim, grid)
+        self.pace = Pace(self.chunks[0].config)  # the one that the schedules read
+        self.optimizer = make_optimizer(self.wrapped, optim, grid)
         self.schedule = make_schedule(self.optimizer, optim, total_steps)
+
+    @property
+    def model(self) -> Any:
+        """The stage, where it is one model; a stage of several has `chunks`."""
+        (only,) = self.chunks
+        return only
+
+    @property
+    def ddp(self) -> Any:
+        """The stage in its DDP, where it is one model; a stage of several has `wrapped`."""
+        (only,) = self.wrapped
+        return only
+
+    def output_weight(self) -> Any:
+        """[Vp, H] on the last stage."""
+        return self.chunks[-1].output_weight()
 
     def weights(self, *, only_rank_0: bool = False) -> WeightStream:
         """(Hugging Face name, full tensor) of the current weights; iterating is a collective.
 
         only_rank_0: the other ranks take part and get nothing, so that they hold no full tensor.
         """
-        return WeightStream(self.model, self.arch, self.grid, only_rank_0=only_rank_0)
+        return WeightStream(self.chunks, self.arch, self.grid, only_rank_0=only_rank_0)
 
     def update(
         self, micro_batches: Sequence[MicroBatch], teacher: Teacher | None = None
@@ -75,14 +102,16 @@ class Student:
         hidden = teacher.hidden_states(micro_batches) if teacher else None
         if needs(self.objective).old_log_prob_pass:
             micro_batches = with_importance_weights(
-                self.ddp,
-                self.model.output_weight,
+                self.wrapped,
+                self.output_weight,
                 self.grid,
                 micro_batches,
                 self.objective,
                 vocab=self.vocab,
             )
-        self.ddp.zero_grad_buffer()
+        self.pace.begin()
+        for ddp in self.wrapped:
+            ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         metrics = self._pass(micro_batches, teacher, hidden, forward_only=False)
         faults.point("optimizer")
@@ -95,7 +124,7 @@ class Student:
     def log_probs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
         """Of token_ids[1:], each given what stands before it, at temperature 1; a collective."""
         return sequence_log_probs(
-            self.ddp, self.model.output_weight, self.grid, token_ids, vocab=self.vocab
+            self.wrapped, self.output_weight, self.grid, token_ids, vocab=self.vocab
         )
 
     def score(
@@ -117,8 +146,8 @@ class Student:
         forward_only: bool,
     ) -> dict[str, float]:
         return objective_pass(
-            self.ddp,
-            self.model.output_weight,
+            self.wrapped,
+            self.output_weight,
             self.grid,
             micro_batches,
             self.objective,
@@ -133,18 +162,18 @@ class Student:
         import torch
         from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-        model = self.model.sharded_state_dict()
+        model = sharded_chunks(self.chunks)
         optimizer = self.optimizer.sharded_state_dict(
-            model,
+            model if len(self.chunks) > 1 else model["model"],
             is_loading=loading,
             metadata={"distrib_optim_sharding_type": "fully_reshardable"},
         )
         rng = {"torch": torch.get_rng_state(), "tracker": rng_tracker().get_states()}
         grid = self.grid
-        place = (grid.pp_rank, grid.tp_rank, grid.dp_rank)
-        shape = (grid.pp_size, grid.tp_size, grid.dp_size)
+        place = (grid.pp_rank, grid.tp_rank, grid.dp_rank * grid.cp_size + grid.cp_rank)
+        shape = (grid.pp_size, grid.tp_size, grid.dp_size * grid.cp_size)
         return {
-            "model": model,
+            **model,
             "optimizer": optimizer,
             "schedule": self.schedule.state_dict(),
             "rng": ShardedObject("rng", rng, shape, place),
@@ -154,7 +183,7 @@ class Student:
         """Take what `sharded_state` saved; RNG only where the layout is the same."""
         import torch
 
-        self.model.load_state_dict(state["model"])
+        load_chunks(self.chunks, state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if "rng" in state:

@@ -10,12 +10,12 @@ from typing import Any
 
 from megaopd import platform
 from megaopd.models.arch import Architecture
-from megaopd.models.build import build_model
+from megaopd.models.chunks import build_chunks
 from megaopd.models.config import ModelConfig
 from megaopd.models.convert import load_weights
 from megaopd.parallel import Grid
 from megaopd.trainer.batch import MicroBatch
-from megaopd.trainer.step import run_schedule
+from megaopd.trainer.step import forward_micro_batch, run_schedule
 
 
 class Teacher:
@@ -35,13 +35,15 @@ class Teacher:
         progress: Any = None,
     ) -> None:
         self.arch, self.grid = arch, grid
-        model = build_model(arch, config, grid, vocab_rows=vocab_rows).to(platform.device())
-        load_weights(model, config, arch, grid, progress=progress)
-        self.model = model.eval().requires_grad_(False)
+        chunks = build_chunks(arch, config, grid, vocab_rows=vocab_rows)
+        self.chunks = [chunk.to(platform.device()) for chunk in chunks]
+        load_weights(self.chunks, config, arch, grid, progress=progress)
+        for chunk in self.chunks:
+            chunk.eval().requires_grad_(False)
 
     def output_weight(self) -> Any:
         """[Vp, Ht] on the last stage."""
-        return self.model.output_weight()
+        return self.chunks[-1].output_weight()
 
     def hidden_states(self, micro_batches: Sequence[MicroBatch]) -> list[Any]:
         """The teacher's last hidden states of each micro-batch, [T, Ht]; None where not last stage.
@@ -52,12 +54,11 @@ class Teacher:
 
         def forward_step(iterator: Iterator[MicroBatch], stage: Any) -> tuple[Any, Any]:
             micro = next(iterator)
-            output = stage(micro.tokens, micro.position_ids, None)
-            return output, partial(_select, micro)
+            return forward_micro_batch(stage, micro), partial(_select, micro)
 
         with torch.no_grad():
             kept = run_schedule(
-                self.model, self.grid, micro_batches, forward_step, forward_only=True, collect=True
+                self.chunks, self.grid, micro_batches, forward_step, forward_only=True, collect=True
             )
         return kept or [None] * len(micro_batches)
 

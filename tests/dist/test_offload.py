@@ -2,8 +2,8 @@
 
 import pytest
 
+from tests.dist.layouts import samples
 from tests.dist.models import save_tiny
-from tests.dist.test_trajectory import samples
 
 STEPS = 3
 

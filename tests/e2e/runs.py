@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 from megaopd.quickstart import make_checkpoint
 
 
@@ -51,3 +53,12 @@ def columns(run_dir: Path, *names: str) -> list[list[str]]:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line, parse_float=str, parse_int=str) for line in lines]
     return [[row[name] for name in names] for row in rows]
+
+
+def end_all(process: subprocess.Popen) -> None:
+    """kill -9 for a process that runs and for all that it has started, as a node that is lost."""
+    if process.poll() is None:
+        root = psutil.Process(process.pid)
+        for one in [root, *root.children(recursive=True)]:
+            one.kill()
+        process.wait()

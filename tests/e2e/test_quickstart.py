@@ -37,8 +37,22 @@ def test_quickstart(tmp_path):
     assert json.loads((run_dir / "summary.json").read_text())["kl_after"] == summary["kl_after"]
 
     evaluated = megaopd(
-        "eval", "--config", run_dir / "config.toml", f"student.path={run_dir / 'export'}"
+        "eval",
+        "--config",
+        run_dir / "config.toml",
+        f"student.path={run_dir / 'export'}",
+        f"run.dir={tmp_path / 'eval'}",
+        "eval.samples=4",
+        "eval.pass_k=[1,4]",
+        "eval.control=task:addition3",
     )
     assert evaluated.returncode == 0, evaluated.stderr
-    accuracy = float(re.search(r"accuracy\s+([0-9.]+)", evaluated.stdout)[1])
-    assert accuracy == pytest.approx(summary["accuracy_after"], abs=2e-3)
+    found = json.loads((tmp_path / "eval" / "evaluation.json").read_text())["figures"]
+    accuracy = found["accuracy"]
+    assert accuracy["value"] == pytest.approx(summary["accuracy_after"], abs=2e-3)
+    assert accuracy["low"] < accuracy["value"] < accuracy["high"]
+    assert found["control_accuracy"] == accuracy, "the same prompts"
+    once, any_of_4 = found["pass@1"]["value"], found["pass@4"]["value"]
+    assert once == pytest.approx(found["sampled_accuracy"]["value"])
+    assert any_of_4 >= once and found["kl"] > 0 and found["entropy"] > 0
+    assert "pass@4" in evaluated.stdout

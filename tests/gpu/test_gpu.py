@@ -191,7 +191,7 @@ def three_steps(grid, root, dtype):
     from megaopd.trainer.config import OptimConfig
     from megaopd.trainer.student import Student
     from megaopd.trainer.teacher import Teacher
-    from tests.dist.test_trajectory import samples
+    from tests.dist.layouts import samples
 
     paths = [
         save(root, "student", dtype, tied=True),

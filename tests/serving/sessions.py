@@ -89,7 +89,7 @@ class SessionConformance:
             pytest.skip("this engine works inside wait")
         session.submit(many(1)[0], LONG)
         begun = time.monotonic()
-        assert session.wait(timeout=0.05) == [] and time.monotonic() - begun < 3.0
+        assert session.wait(timeout=0.05) == [] and time.monotonic() - begun < 30.0
         assert session.pending == 1
         session.close()
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.dist.layouts import samples
 from tests.dist.models import save_tiny
-from tests.dist.test_trajectory import samples
 
 pytest.importorskip("sglang", reason="SGLang is not installed")
 
@@ -97,7 +97,7 @@ def train(
     from megaopd.models.config import ModelConfig
     from megaopd.objectives.spec import ObjectiveConfig
     from megaopd.parallel import ParallelConfig, make_grid
-    from megaopd.trainer.batch import make_micro_batches
+    from megaopd.trainer.batch import make_micro_batches, plan_step, shares_of
     from megaopd.trainer.config import OptimConfig, RemoteTeacherConfig
     from megaopd.trainer.remote_teacher import RemoteTeacher
     from megaopd.trainer.student import Student
@@ -123,7 +123,8 @@ def train(
         if remote is not None:
             if early and grid.rank == 0:
                 remote.submit(made[::2])
-            scores = remote.score(made, micro_batch_size=2)
+            shares = shares_of(plan_step(made, grid=grid, micro_batch_size=2), len(made))
+            scores = remote.score(made, shares)
         batch = make_micro_batches(
             made, grid=grid, micro_batch_size=2, pad_id=0, loss_agg=objective.loss_agg,
             remote=scores,
@@ -232,7 +233,7 @@ def too_long(url: str) -> str:
     made = samples(0, count=4)
     made[3] = replace(made[3], response_ids=(5,) * 80, log_probs=(-1.0,) * 80)
     try:
-        teacher.score(made, micro_batch_size=1)
+        teacher.score(made, [range(len(made))])
     except UserError as err:
         return str(err)
     finally:
@@ -245,3 +246,70 @@ def test_every_rank_raises_what_one_of_them_met(ranks: Any, url: str) -> None:
         assert "does not answer" in found
     for found in ranks.run(too_long, 2, url):
         assert "--context-length" in found and "'0/3'" in found
+
+
+SYMBOLS = "".join(map(chr, range(33, 126)))
+
+
+@pytest.fixture(scope="module")
+def speaking(checkpoints: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A server of the teacher that holds a tokenizer, as users start them."""
+    import os
+    import shutil
+    import subprocess
+    import time
+    import urllib.request
+
+    from megaopd.data.tokenizer import char_tokenizer
+    from megaopd.rollout.command import server_command
+
+    where = tmp_path_factory.mktemp("speaking") / "teacher"
+    shutil.copytree(checkpoints[1], where)
+    char_tokenizer(SYMBOLS).save_pretrained(where)
+    config = ServerConfig(port=31330)
+    made = server_command(
+        config, where, device="cpu", dtype="float32", port=31330, environ=dict(os.environ)
+    )
+    argv = [word for word in made.argv if word != "--skip-tokenizer-init"]
+    log = (where.parent / "log").open("w")
+    server = subprocess.Popen(argv, env=made.env, stdout=log, stderr=log, start_new_session=True)
+    url = "http://127.0.0.1:31330"
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=2)
+            break
+        except OSError:
+            assert server.poll() is None, Path(log.name).read_text()[-2000:]
+            time.sleep(1)
+    yield url
+    os.killpg(server.pid, 9)
+    server.wait()
+
+
+def compared(url: str, symbols: str) -> tuple[str, str]:
+    """What was not checked, and what a student with this tokenizer is told."""
+    from megaopd.data.tokenizer import char_tokenizer
+    from megaopd.errors import UserError
+    from megaopd.objectives.spec import ObjectiveConfig
+    from megaopd.parallel import ParallelConfig, make_grid
+    from megaopd.trainer.config import RemoteTeacherConfig
+    from megaopd.trainer.remote_teacher import RemoteTeacher
+
+    config = RemoteTeacherConfig(addresses=(url,))
+    grid = make_grid(ParallelConfig())
+    tokenizer = char_tokenizer(symbols)
+    try:
+        teacher = RemoteTeacher(config, ObjectiveConfig(loss="k2"), grid, tokenizer=tokenizer)
+    except UserError as err:
+        return "", str(err)
+    teacher.close()
+    return teacher.unchecked, ""
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(ranks: Any, url: str, speaking: str) -> None:
+    swapped = SYMBOLS.replace("A", "\0").replace("B", "A").replace("\0", "B")
+    assert ranks.run(compared, 1, speaking, SYMBOLS) == [("", "")]
+    ((_, refusal),) = ranks.run(compared, 1, speaking, swapped)
+    assert "'B' to the student and 'A' to the teacher's servers" in refusal
+    ((unchecked, _),) = ranks.run(compared, 1, url, swapped)
+    assert "was not checked" in unchecked

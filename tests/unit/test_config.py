@@ -46,6 +46,8 @@ def test_the_resolved_config_round_trips(tmp_path):
         ("objective.loss=sft", "remove teacher.path"),
         ("teacher.path=", "set teacher.path"),
         ("data.source=", "data.source = ''"),
+        ("trainer.micro_batch_tokens=100", "room for the longest sample"),
+        ("parallel.virtual=2", "parallel.pipeline=2"),
         ("rollout=3", "rollout = 3"),
         ("steps", "section.key=value"),
         ("run.dir.x=1", "run.dir"),
@@ -74,8 +76,8 @@ def test_packaged_recipes_load(name):
 def test_the_public_sections_are_pinned():
     sections = {f.name: f.type for f in fields(Config)}
     assert list(sections) == [
-        "run", "student", "teacher", "remote_teacher", "parallel", "data", "rollout", "server",
-        "agent", "objective", "optim", "trainer", "checkpoint", "eval", "report",
+        "run", "student", "lora", "teacher", "remote_teacher", "parallel", "data", "rollout",
+        "server", "agent", "objective", "optim", "trainer", "checkpoint", "eval", "report",
     ]  # fmt: skip
 
 

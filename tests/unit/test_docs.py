@@ -16,6 +16,8 @@ PAGES = [
     "README.md",
     "docs/configuration.md",
     "docs/design-notes.md",
+    "docs/large-runs.md",
+    "docs/layouts.md",
     "docs/losses.md",
     "docs/rollouts.md",
 ]

@@ -11,6 +11,7 @@ LAYERS = [
     ["cli", "__main__"],
     ["quickstart", "doctor"],
     ["run"],
+    ["evaluation"],
     ["parts"],
     ["sampler"],
     ["inputs"],
@@ -22,9 +23,9 @@ LAYERS = [
     ["models"],
     ["data"],
     ["report"],
-    ["launch"],
+    ["launch", "elastic"],
     ["parallel"],
-    ["platform", "faults", "config"],
+    ["platform", "faults", "stop", "watchdog", "config"],
     ["errors"],
 ]
 # A launcher starts a command line in other processes; with one rank, in this one.

@@ -362,6 +362,8 @@ def micro_batch(mask, rollout, *, sequence_first_rows):
         mask_T=flat(mask.bool()),
         rollout_log_probs_T=flat(rollout),
         has_rollout_log_probs=True,
+        slot_T=flat(torch.arange(count * length).view(count, length)),
+        table=(count, length),
     )
 
 
@@ -370,6 +372,7 @@ def micro_batch(mask, rollout, *, sequence_first_rows):
 def test_importance_weights_are_per_sample_and_count_what_survives(mode, all_rows):
     from megaopd.losses import loss_weights
     from megaopd.losses.importance import tis_weights
+    from megaopd.parallel import Grid, ParallelConfig
     from megaopd.trainer.importance import weigh
 
     mask = torch.tensor([[0.0, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
@@ -379,7 +382,8 @@ def test_importance_weights_are_per_sample_and_count_what_survives(mode, all_row
     micro = micro_batch(mask, rollout, sequence_first_rows=rows)
     objective = ObjectiveConfig(loss="pg", tis=mode, loss_agg="seq-mean-token-mean")
     old_T = old.t().reshape(-1)
-    found = weigh(micro, old_T if rows is None else old_T[rows], objective)
+    place = Grid(ParallelConfig(), None, 0, 0, 0, 1, 0, 0, 0, 1)
+    found = weigh(micro, old_T if rows is None else old_T[rows], objective, place)
     expected, metrics = tis_weights(old, rollout, mask, mode=mode)
     kept = mask * (expected > 0)
     surviving = loss_weights(kept, loss_agg="seq-mean-token-mean", num_samples=3)

@@ -1,11 +1,13 @@
 """Sample checks, and the row at which everything of a response token stands."""
 
 import math
+import random
 
 import pytest
 import torch
 
-from megaopd.data.packing import pad_batch
+from megaopd.data.balance import packed_plan, padded_plan
+from megaopd.data.packing import packed_rows, pad_batch, padded_rows
 from megaopd.data.types import Prompt, Sample
 from megaopd.errors import UserError
 
@@ -82,3 +84,62 @@ def test_sample_tokens_and_rounding_above_zero():
     assert rounded.tokens == (1, 2, 3)
     with pytest.raises(ValueError, match="no tokens"):
         sample([], [1])
+
+
+@pytest.mark.parametrize("micro_batches_of", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_packed_plans_keep_to_the_budget_and_balance(ranks, micro_batches_of):
+    rng = random.Random(ranks)
+    for _ in range(20):
+        lengths = [rng.randint(1, 100) for _ in range(rng.randint(1, 60))]
+        plan = packed_plan(lengths, ranks=ranks, budget=128, micro_batches_of=micro_batches_of)
+        assert plan == packed_plan(
+            lengths, ranks=ranks, budget=128, micro_batches_of=micro_batches_of
+        )
+        counts = {len(rank) for rank in plan}
+        assert len(counts) == 1 and counts.pop() % micro_batches_of == 0
+        assert sorted(i for rank in plan for one in rank for i in one) == list(range(len(lengths)))
+        loads = [[sum(lengths[i] for i in one) for one in rank] for rank in plan]
+        assert max(max(rank) for rank in loads) <= 128
+        # No more rows than a bin-packing bound: at most one in the optimum's neighbourhood is lost.
+        rows, step = len(plan[0]) * ranks, ranks * micro_batches_of
+        best = -(-sum(lengths) // (128 * step)) * step
+        assert rows <= max(step, math.ceil(1.5 * best / step) * step + step)
+        totals = [sum(rank) for rank in loads]
+        assert max(totals) - min(totals) <= 128
+
+
+def test_even_bins_by_longest_first_and_tight_ones_where_they_must_be():
+    # 5 | 4, 3 | 5 3 | 4 3 3: the fuller bin goes to the first rank.
+    assert packed_plan([5, 4, 3, 3, 3], ranks=2, budget=20, micro_batches_of=1) == [
+        [[1, 2, 4]],
+        [[0, 3]],
+    ]
+    # 6+4 and 5+3+2 fit; longest first into the emptier bin does not: 6+3, 5+4, and no room for 2.
+    assert packed_plan([6, 5, 4, 3, 2], ranks=1, budget=10, micro_batches_of=1) == [
+        [[0, 2], [1, 3, 4]]
+    ]
+    assert packed_plan([3], ranks=2, budget=4, micro_batches_of=2) == [[[0], []], [[], []]]
+    with pytest.raises(UserError, match="a sample of 21 tokens with micro-batches of 20"):
+        packed_plan([5, 21], ranks=1, budget=20, micro_batches_of=1)
+
+
+def test_padded_plans_are_filled_up_with_copies():
+    assert padded_plan(5, ranks=2, micro_batch_size=2, micro_batches_of=1) == [
+        [[0, 1], [2, 3]],
+        [[4, 5], [6, 7]],
+    ]
+    assert padded_plan(3, ranks=1, micro_batch_size=1, micro_batches_of=2) == [[[0], [1], [2], [3]]]
+
+
+def test_packed_rows_point_at_the_padded_samples():
+    rows = packed_rows([2, 0], [4, 2, 6], length=8, budget=16)
+    assert rows.bounds == (0, 6, 10, 16)
+    assert rows.source.tolist() == [[16, 17, 18, 19, 20, 21, 0, 1, 2, 3, *[-1] * 6]]
+    assert rows.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5]]
+    # Padding is cut into sequences no longer than the longest sample; an empty row is padding only.
+    assert packed_rows([1], [4, 2], length=4, budget=8).bounds == (0, 2, 4, 6, 8)
+    empty = packed_rows([], [4, 2], length=4, budget=5)
+    assert empty.bounds == (0, 2, 4, 5) and empty.source.tolist() == [[-1] * 5]
+    assert padded_rows([1, 2], 3).source.tolist() == [[3, 4, 5], [6, 7, 8]]
+    assert padded_rows([1, 2], 3).bounds is None

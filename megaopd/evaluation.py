@@ -1,0 +1,99 @@
+"""`megaopd eval`: what a checkpoint can do, with intervals, and what it has forgotten.
+
+Greedy accuracy; accuracy and pass@k of sampled responses; their length, repetition and entropy; the
+distance to the teacher where one is given; greedy accuracy on a control task that was not trained.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megaopd.data.types import Prompt, Sample
+from megaopd.inputs import control_set
+from megaopd.parts import Parts
+from megaopd.report.statistics import Figure, by_prompt, figure, pass_at_k, repetition
+
+SOLVED = 1.0  # a reward of this and more counts as solved
+
+
+def evaluate(parts: Parts) -> dict[str, Figure | float]:
+    """Every figure by name; a collective.
+
+    Figures are means over prompts. Token means of the objective (`kl`, `entropy`, ...) are plain
+    numbers: they are means over all tokens of the sampled responses.
+    """
+    found: dict[str, Figure | float] = {}
+    settings = parts.config.eval
+    parts.sync_weights(version=0)
+    greedy = parts.sampler.buffer.params.greedy()
+    answered = parts.verify(parts.sampler.generate(parts.held_out, -1, 1, greedy))
+    found |= _accuracy("accuracy", answered)
+    control = control_set(parts.config, parts.tokenizer)
+    if control:
+        answered = parts.verify(parts.sampler.generate(control, -3, 1, greedy))
+        found |= _accuracy("control_accuracy", answered)
+    if settings.samples:
+        found |= _sampled(parts, parts.held_out)
+    parts.sampler.take_turn()
+    return found
+
+
+def _accuracy(name: str, samples: Sequence[Sample]) -> dict[str, Figure]:
+    rewards = [s.reward for s in samples if s.reward is not None]
+    return {name: figure(rewards)} if rewards else {}
+
+
+def _sampled(parts: Parts, prompts: list[Prompt]) -> dict[str, Any]:
+    """Of eval.samples responses a prompt, by the law of [rollout]."""
+    n = parts.config.eval.samples
+    samples = parts.verify(parts.sampler.generate(prompts, -2, n, parts.sampler.buffer.params))
+    found: dict[str, Any] = {}
+    rewards = [s.reward for s in samples]
+    if all(reward is not None for reward in rewards):
+        found["sampled_accuracy"] = figure(by_prompt([r or 0.0 for r in rewards], n))
+        solved = [float((r or 0.0) >= SOLVED) for r in rewards]
+        counts = [round(n * share) for share in by_prompt(solved, n)]
+        for k in parts.config.eval.pass_k:
+            found[f"pass@{k}"] = figure([pass_at_k(n, c, k) for c in counts])
+    ends = set(parts.eos_ids)
+    responses = [[i for i in s.response_ids if i not in ends] for s in samples]
+    columns = {
+        "response_length": [float(len(s.response_ids)) for s in samples],
+        "truncated": [float(s.finish_reason == "length") for s in samples],
+        "repetition": [repetition(ids) for ids in responses],
+    }
+    found |= {name: figure(by_prompt(values, n)) for name, values in columns.items()}
+    parts.sampler.take_turn()
+    return found | parts.score_samples(samples)
+
+
+def write(found: dict[str, Figure | float], parts: Parts) -> None:
+    """evaluation.json in run.dir, and a table on the console; on the main rank."""
+    if not parts.is_main:
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    directory = Path(parts.config.run.dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    record = {
+        "student": parts.config.student.path,
+        "teacher": parts.config.teacher.path,
+        "data": parts.config.eval.source or parts.config.data.source,
+        "samples": parts.config.eval.samples,
+        "figures": {
+            name: asdict(value) if isinstance(value, Figure) else value
+            for name, value in found.items()
+        },
+    }
+    (directory / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
+    table = Table("figure", "value", "95% interval", "prompts", box=None)
+    for name, value in found.items():
+        if isinstance(value, Figure):
+            interval = f"{value.low:.4f} .. {value.high:.4f}"
+            table.add_row(name, f"{value.value:.4f}", interval, str(value.prompts))
+        else:
+            table.add_row(name, f"{value:.4f}")
+    Console().print(table)

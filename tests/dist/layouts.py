@@ -1,0 +1,228 @@
+"""Trajectories of a small student under any layout, for tests and tools/layout_table.py."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.dist.models import VOCAB, save_tiny
+
+STEPS = 4
+
+
+class Layout(NamedTuple):
+    world: int
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: bool = False
+    distributed: bool = True  # the optimizer's state
+    context: int = 1
+    virtual: int = 1
+    tokens: int = 0  # of a packed row; 0: padded samples, two a micro-batch
+
+
+SINGLE = Layout(1, distributed=False)
+LAYOUTS = {
+    "tp2": Layout(2, tensor=2, distributed=False),
+    "tp2-sp": Layout(2, tensor=2, sequence=True),
+    "pp2": Layout(2, pipeline=2, distributed=False),
+    "dp2-zero1": Layout(2),
+    "tp2-pp2-sp-zero1": Layout(4, tensor=2, pipeline=2, sequence=True),
+    "tp2-dp2-sp-zero1": Layout(4, tensor=2, sequence=True),
+    "pp2-dp2-zero1": Layout(4, pipeline=2),
+    "cp2": Layout(2, context=2),
+    "cp2-plain": Layout(2, context=2, distributed=False),
+    "cp4": Layout(4, context=4),
+    "cp2-tp2": Layout(4, context=2, tensor=2),
+    "cp2-tp2-sp": Layout(4, context=2, tensor=2, sequence=True),
+    "cp2-pp2": Layout(4, context=2, pipeline=2),
+    "cp2-dp2": Layout(4, context=2),
+    "pp2-vpp2": Layout(2, pipeline=2, virtual=2),
+    "pp2-vpp2-tp2-sp": Layout(4, pipeline=2, virtual=2, tensor=2, sequence=True),
+    "pp2-vpp2-cp2": Layout(4, pipeline=2, virtual=2, context=2),
+    "packed": Layout(1, tokens=32),
+    "packed-tp2-sp": Layout(2, tensor=2, sequence=True, tokens=32),
+    "packed-pp2": Layout(2, pipeline=2, tokens=32),
+    "packed-cp2": Layout(2, context=2, tokens=32),
+    "packed-dp2": Layout(2, tokens=32),
+    "packed-cp2-tp2-sp": Layout(4, context=2, tensor=2, sequence=True, tokens=40),
+    "packed-pp2-vpp2-dp2": Layout(4, pipeline=2, virtual=2, tokens=32),
+    "packed-cp2-pp2": Layout(4, context=2, pipeline=2, tokens=32),
+}
+
+
+def checkpoints(root: Path, tied: bool) -> tuple[str, str]:
+    """Student and teacher, unequal in width and depth, written under `root`."""
+    wide = {"hidden_size": 96, "num_hidden_layers": 8}
+    return (
+        str(save_tiny(root / "student", "qwen3", tied=tied)),
+        str(save_tiny(root / "teacher", "qwen3", tied=not tied, seed=11, **wide)),
+    )
+
+
+def samples(step, count=8):
+    """`count` random samples whose prompts and responses have unequal lengths."""
+    import random
+
+    from megaopd.data.types import Prompt, Sample
+
+    rng = random.Random(step)
+    made = []
+    for i in range(count):
+        ids = [rng.randrange(VOCAB) for _ in range(rng.randint(2, 6) + rng.randint(1, 9))]
+        cut = rng.randint(1, len(ids) - 1)
+        prompt = Prompt(f"{step}/{i}", tuple(ids[:cut]), "", None, "", {})
+        log_probs = tuple(-rng.uniform(3, 6) for _ in ids[cut:])  # about log(1 / VOCAB)
+        made.append(Sample(prompt, tuple(ids[cut:]), log_probs, "stop", 0))
+    return made
+
+
+def build(paths, layout, steps=STEPS, dtype="float32", **values):
+    """(grid, student, teacher or None) under `layout`; values: of the objective."""
+    from megaopd.models.arch import architecture, padded_vocab, read_hf_config
+    from megaopd.models.config import ModelConfig
+    from megaopd.objectives.spec import ObjectiveConfig
+    from megaopd.parallel import make_grid
+    from megaopd.trainer.config import OptimConfig
+    from megaopd.trainer.student import Student
+    from megaopd.trainer.teacher import Teacher
+
+    grid = make_grid(parallel_config(layout))
+    student_path, teacher_path = paths
+    arch = architecture(read_hf_config(student_path))
+    # Adam divides the smallest gradients by themselves, so that rounding noise becomes a full step;
+    # a larger eps keeps the comparison about the gradients.
+    optim = OptimConfig(
+        lr=1e-2, weight_decay=0.1, clip_grad=0.5, eps=1e-5, distributed=layout.distributed
+    )
+    objective = ObjectiveConfig(chunk_size=7, **values)
+    student = Student(
+        ModelConfig(path=student_path, dtype=dtype), arch, grid, objective, optim, total_steps=steps
+    )
+    teacher = None
+    if objective.needs_teacher:
+        teacher = Teacher(
+            ModelConfig(path=teacher_path, dtype=dtype),
+            architecture(read_hf_config(teacher_path)),
+            grid,
+            vocab_rows=padded_vocab(arch.vocab, layout.tensor, 8),
+        )
+    return grid, student, teacher
+
+
+def batch(step, grid, layout, student, count=8):
+    """The micro-batches of one step."""
+    from megaopd.trainer.batch import make_micro_batches
+
+    return make_micro_batches(
+        samples(step, count),
+        grid=grid,
+        micro_batch_size=1 if layout.tokens else 2,
+        micro_batch_tokens=layout.tokens,
+        pad_id=0,
+        loss_agg=student.objective.loss_agg,
+    )
+
+
+def trajectory(paths, layout, fault="", steps=STEPS, dtype="float32", **values):
+    """[(loss, grad_norm, ...)] of `steps` steps, and the sum of every exported weight.
+
+    values: of the objective. The numbers after the first two are its list and importance metrics.
+    """
+    layout = Layout(*layout)
+    undo = plant(fault)
+    grid, student, teacher = build(paths, layout, steps, dtype, **values)
+    curve = []
+    for step in range(steps):
+        metrics = student.update(batch(step, grid, layout, student), teacher)
+        names = [n for n in metrics if n in student.objective.list_statistics or "tis/" in n]
+        curve.append((metrics["loss"], metrics["grad_norm"], *[metrics[n] for n in names]))
+    weights = {n: float(t.double().abs().sum()) for n, t in student.weights()}
+    undo()
+    return curve, weights
+
+
+def parallel_config(layout):
+    from megaopd.parallel import ParallelConfig
+
+    return ParallelConfig(
+        layout.tensor,
+        layout.pipeline,
+        virtual=layout.virtual,
+        context=layout.context,
+        sequence=layout.sequence,
+    )
+
+
+def plant(fault):
+    """Break one thing that a layout needs; a function that mends it."""
+    import sys
+
+    import torch
+    from megatron.core.distributed import finalize_model_grads  # noqa: F401  (loads the module)
+    from megatron.core.transformer import transformer_layer
+
+    from megaopd.models import segments
+    from megaopd.trainer import batch, optim
+
+    reduction = sys.modules["megatron.core.distributed.finalize_model_grads"]
+    finalize, whole, offset = (
+        optim._finalize,
+        segments._whole,
+        transformer_layer.get_transformer_layer_offset,
+    )
+
+    def scaled(*args, **kwargs):
+        finalize(*args, **kwargs)
+        for chunk in args[1]:
+            chunk.scale_gradients(0.5)
+
+    def without_others(x, bounds, group):
+        """Keys and values of the other ranks without a gradient to them."""
+        everyone = whole(x.detach(), bounds, group)
+        own = segments.zigzag(bounds, group.rank(), group.size())
+        return everyone.index_copy(0, own, x)
+
+    def halves(bounds, rank, size):
+        """Contiguous parts, as if the split were not a zigzag."""
+        parts = [
+            torch.arange(a + rank * (b - a) // size, a + (rank + 1) * (b - a) // size)
+            for a, b in pairwise(bounds)
+        ]
+        return torch.cat(parts)
+
+    def one_sequence(bounds, rank, size):
+        return [(a, b, 0) for a, b in pairwise(bounds)]
+
+    breaks = {
+        "": None,
+        "sequence-parallel norm": (
+            reduction,
+            "_allreduce_non_tensor_model_parallel_grads",
+            lambda *a, **k: None,
+        ),
+        "tied embedding": (reduction, "_allreduce_word_embedding_grads", lambda *a, **k: None),
+        "data-parallel scale": (optim, "_finalize", scaled),
+        "key gradients not summed": (segments, "_whole", without_others),
+        "positions not zigzag": (batch, "zigzag", halves),
+        "packed sequences see each other": (segments, "_runs", one_sequence),
+        "every chunk the first": (
+            transformer_layer,
+            "get_transformer_layer_offset",
+            lambda config, vp_stage=None, pp_rank=None: offset(config, vp_stage and 0, pp_rank),
+        ),
+    }[fault]
+    if breaks is None:
+        return lambda: None
+    module, name, broken = breaks
+    sound = getattr(module, name)
+    setattr(module, name, broken)
+    return lambda: setattr(module, name, sound)
+
+
+def differences(reference, other):
+    """Largest relative difference of loss and of gradient norm, and of any weight's size."""
+    (curve, weights), (other_curve, other_weights) = reference, other
+    loss = max(abs(a[0] / b[0] - 1) for a, b in zip(curve, other_curve, strict=True))
+    norm = max(abs(a[1] / b[1] - 1) for a, b in zip(curve, other_curve, strict=True))
+    size = max(abs(weights[n] / other_weights[n] - 1) for n in weights)
+    return loss, norm, size

@@ -1,0 +1,144 @@
+"""The same training run under every layout, against one rank: docs/layouts.json and the table.
+
+    python tools/layout_table.py --out docs/layouts             # CPU ranks over gloo, fp32
+    python tools/layout_table.py --cuda --dtype bfloat16 --out /tmp/layouts   # torchrun, NCCL
+
+A small student and a teacher of another width and depth, clipping active, micro-batches of unequal
+token counts (tests/dist/layouts.py). On the CPU the ranks are kept from one layout to the next.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.dist import layouts  # noqa: E402
+from tests.dist.layouts import LAYOUTS, SINGLE, Layout  # noqa: E402
+
+BEGIN, END = "<!-- table -->", "<!-- end of table -->"
+
+
+def on_cpu(paths: tuple[str, str], steps: int, dtype: str) -> Any:
+    """run(layout) on ranks of a pool: what its rank 0 found."""
+    from tests.dist.pool import Ranks
+
+    ranks = Ranks(4)
+
+    def run(layout: Layout) -> Any:
+        found = ranks.run(
+            layouts.trajectory, layout.world, paths, layout, steps=steps, dtype=dtype, timeout=600
+        )
+        assert all(other[0] == found[0][0] for other in found), "ranks report different metrics"
+        return found[0]
+
+    return run
+
+
+def on_gpus(paths: tuple[str, str], steps: int, dtype: str) -> Any:
+    """run(layout) by torchrun on this machine's GPUs: what its rank 0 found."""
+
+    def run(layout: Layout) -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            answer = Path(folder, "answer.json")
+            job = json.dumps([paths, list(layout), steps, dtype, str(answer)])
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command += [f"--nproc-per-node={layout.world}", __file__, "--job", job]
+            subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+            return json.loads(answer.read_text())
+
+    return run
+
+
+def run_job(job: str) -> None:
+    """One layout on the ranks that torchrun started."""
+    paths, layout, steps, dtype, answer = json.loads(job)
+    from megaopd.parallel import init_distributed
+
+    init_distributed()
+    found = layouts.trajectory(paths, Layout(*layout), steps=steps, dtype=dtype)
+    if int(os.environ["RANK"]) == 0:
+        Path(answer).write_text(json.dumps(found))
+
+
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row a layout: largest relative differences of loss and gradient norm over the steps."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        paths = layouts.checkpoints(Path(folder), tied=True)
+        where = on_gpus if arguments.cuda else on_cpu
+        run = where(paths, arguments.steps, arguments.dtype)
+        single = run(SINGLE)
+        for name in arguments.only or LAYOUTS:
+            layout = LAYOUTS[name]
+            row: dict[str, Any] = {"layout": name, **layout._asdict()}
+            if arguments.cuda and layout.world > _gpus():
+                row["skipped"] = f"needs {layout.world} GPUs"
+            else:
+                loss, norm, weights = layouts.differences(single, run(layout))
+                row |= {"loss": loss, "grad_norm": norm, "weights": weights}
+            rows.append(row)
+            print(_line(row), flush=True)
+    return rows
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _line(row: dict[str, Any]) -> str:
+    sizes = [f"{key} {row[key]}" for key in ("tensor", "context", "pipeline", "virtual")]
+    split = [size for size in sizes if not size.endswith(" 1")]
+    per_copy = row["tensor"] * row["context"] * row["pipeline"]
+    if row["world"] > per_copy:
+        split.append(f"data {row['world'] // per_copy}")
+    flags = ["sequence parallel"] * row["sequence"] + ["ZeRO-1"] * row["distributed"]
+    flags += [f"packed in {row['tokens']}"] * bool(row["tokens"])
+    cells = [f"`{row['layout']}`", ", ".join([*split, *flags]), str(row["world"])]
+    cells += [f"{row[key]:.1e}" if key in row else row["skipped"] for key in ("loss", "grad_norm")]
+    return "| " + " | ".join(cells) + " |"
+
+
+def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """OUT.json, and the table in OUT.md between its two marks (which a new file gets)."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}
+    facts = {"steps": arguments.steps, "dtype": arguments.dtype, **versions}
+    facts["ranks"] = "NCCL" if arguments.cuda else "CPU, gloo"
+    out = Path(arguments.out)
+    Path(f"{out}.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    page = Path(f"{out}.md")
+    text = page.read_text() if page.is_file() else f"# Layouts\n\n{BEGIN}\n{END}\n"
+    table = ["| layout | split | ranks | loss | gradient norm |", "|---|---|---|---|---|"]
+    table += [_line(row) for row in rows]
+    caption = ", ".join(f"{key} {value}" for key, value in facts.items())
+    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    body = "\n".join([*table, "", f"{caption}."])
+    page.write_text(f"{text[:start]}\n{body}\n{text[end:]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--cuda", action="store_true", help="on this machine's GPUs, by torchrun")
+    parser.add_argument("--only", nargs="*", choices=list(LAYOUTS), help="these layouts")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/layouts")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.job:
+        run_job(arguments.job)
+    else:
+        write(measure(arguments), arguments)
+
+
+if __name__ == "__main__":
+    main()
