@@ -71,8 +71,9 @@ def build(cls: type[T], values: dict[str, Any]) -> T:
 def _forbid_extra(cls: Any) -> None:
     cls.__pydantic_config__ = ConfigDict(extra="forbid")
     for hint in typing.get_type_hints(cls).values():
-        if dataclasses.is_dataclass(hint):
-            _forbid_extra(hint)
+        for part in (hint, *typing.get_args(hint)):  # dict[str, X]: named sections
+            if dataclasses.is_dataclass(part):
+                _forbid_extra(part)
 
 
 def _user_error(cls: Any, failure: ValidationError) -> UserError:
@@ -84,7 +85,8 @@ def _user_error(cls: Any, failure: ValidationError) -> UserError:
     if first["type"] == "unexpected_keyword_argument":
         *sections, key = first["loc"]
         for section in sections:
-            cls = typing.get_type_hints(cls)[str(section)]
+            inner = typing.get_args(cls)
+            cls = inner[1] if inner else typing.get_type_hints(cls)[str(section)]
         known = [field.name for field in dataclasses.fields(cls)]
         near = difflib.get_close_matches(str(key), known, 1)
         return UserError(

@@ -10,13 +10,21 @@ from megaopd import config as config_io
 from megaopd.data.config import DataConfig
 from megaopd.data.prompts import fixed_set
 from megaopd.data.tasks import score
-from megaopd.data.tokenizer import load_tokenizer
+from megaopd.data.tokenizer import check_same_tokenizer, load_tokenizer
 from megaopd.data.types import Prompt, Sample
 from megaopd.errors import UserError
+from megaopd.models.arch import Architecture, architecture, check_layout, read_hf_config
+from megaopd.models.config import ModelConfig
 from megaopd.schema import Config
 
 # Between two starts of one run, beside whole sections.
-MAY_CHANGE = (("run", "steps"), ("run", "stall_minutes"))
+MAY_CHANGE = (
+    ("run", "steps"),
+    ("run", "stall_minutes"),
+    ("teacher", "placement"),
+    ("teacher", "window"),
+    ("teacher", "offload"),
+)
 
 
 def student_tokenizer(config: Config) -> Any:
@@ -28,6 +36,18 @@ def student_tokenizer(config: Config) -> Any:
             expected="eos_token in tokenizer_config.json: responses end with it",
         )
     return tokenizer
+
+
+def frozen_teachers(config: Config, tokenizer: Any) -> dict[str, tuple[ModelConfig, Architecture]]:
+    """Every teacher with a checkpoint of its own, checked."""
+    layout = config.parallel if config.teacher.placement == "same" else config.teacher_parallel
+    found: dict[str, tuple[ModelConfig, Architecture]] = {}
+    for name, model in config.local_teachers.items():
+        check_same_tokenizer(tokenizer, load_tokenizer(model.hf_dir))
+        arch = architecture(read_hf_config(model.hf_dir), where=model.path)
+        check_layout(arch, layout, who=f"teacher {name}".strip())
+        found[name] = model, arch
+    return found
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -119,7 +139,7 @@ def check_run_dir(config: Config, *, has_checkpoints: bool) -> None:
     before = config_io.read_toml(directory / "config.toml")
     changed = []
     for section, values in config_io.to_dict(config).items():
-        if section in ("parallel", "server", "checkpoint", "report", "eval"):
+        if section in ("parallel", "teacher_parallel", "server", "checkpoint", "report", "eval"):
             continue
         for key, value in values.items():
             if (section, key) not in MAY_CHANGE and before.get(section, {}).get(key) != value:

@@ -13,13 +13,13 @@ from typing import Any
 from megaopd import config as config_io
 from megaopd import faults, stop, watchdog
 from megaopd.data.prompts import PromptStream
-from megaopd.data.tasks import environment_task
-from megaopd.data.tokenizer import check_same_tokenizer, load_tokenizer
 from megaopd.data.types import Prompt, Sample
+from megaopd.errors import UserError
 from megaopd.inputs import (
     check_run_dir,
     eos_ids,
     example,
+    frozen_teachers,
     held_out,
     pad_id,
     response_text,
@@ -27,20 +27,28 @@ from megaopd.inputs import (
     student_tokenizer,
 )
 from megaopd.models.arch import architecture, check_layout, padded_vocab, read_hf_config
+from megaopd.models.layout import check_expert_use
 from megaopd.objectives.alarms import new_alarms
 from megaopd.parallel import Grid, make_grid
 from megaopd.report.metrics import MetricLogger, read_metrics
 from megaopd.report.samples import save_samples
-from megaopd.rollout.agent import AgentEngine
-from megaopd.rollout.engines import make_engine
 from megaopd.rollout.episode import episode_metrics
-from megaopd.sampler import Sampler
+from megaopd.sampler import Sampler, make_sampler
 from megaopd.schema import Config
-from megaopd.trainer.batch import MicroBatch, make_micro_batches, plan_step, shares_of
+from megaopd.trainer.batch import (
+    MicroBatch,
+    StepCounts,
+    make_micro_batches,
+    plan_step,
+    shares_of,
+)
 from megaopd.trainer.checkpoint import Checkpoints
 from megaopd.trainer.remote_teacher import RemoteTeacher
 from megaopd.trainer.student import Student
-from megaopd.trainer.teacher import Teacher
+from megaopd.trainer.teachers.base import BaseTeacher
+from megaopd.trainer.teachers.build import make_router, make_teacher, teacher_prompt_of
+from megaopd.trainer.teachers.routed import Router, routed_micro_batches
+from megaopd.worlds import Bridge
 
 MISMATCH = ("rollout_log_prob_diff", "rollout_k3", "rollout_ess")
 COLUMNS = ("reward", "grad_norm", "response_length", "tokens_per_s")
@@ -50,10 +58,11 @@ EVALUATED = (
 )  # fmt: skip
 
 
-def build_parts(config: Config, *, training: bool = True) -> "Parts":
+def build_parts(config: Config, *, training: bool = True, bridge: Bridge | None = None) -> "Parts":
     """Read, check and build everything that a run needs; a collective.
 
     Args:
+        bridge: to the teacher's own ranks (`teacher_ranks`).
         training: open the run directory and resume; otherwise the student is only evaluated.
 
     Raises:
@@ -62,16 +71,17 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
     arch = architecture(read_hf_config(config.student.hf_dir), where=config.student.path)
     check_layout(arch, config.parallel, who="student")
     tokenizer = student_tokenizer(config)
-    teacher_arch = None
-    if config.teacher.path:
-        check_same_tokenizer(tokenizer, load_tokenizer(config.teacher.hf_dir))
-        teacher_arch = architecture(
-            read_hf_config(config.teacher.hf_dir), where=config.teacher.path
-        )
-        check_layout(teacher_arch, config.parallel, who="teacher")
+    frozen = frozen_teachers(config, tokenizer)
+    archs = [arch, *(a for _, a in frozen.values())]
+    check_expert_use(archs, config.parallel)
     prompts = PromptStream(config.data, tokenizer)
+    if config.teacher.kind == "previous_epoch" and not prompts.size:
+        raise UserError(
+            f"teacher.kind = previous_epoch with the endless prompts of {config.data.source}",
+            expected="prompts that come again",
+            fix="set data.num_prompts, or teacher.kind=periodic",
+        )
     grid = make_grid(config.parallel, seed=config.run.seed + 1234)
-    archs = [a for a in (arch, teacher_arch) if a is not None]
     vocab = min(a.vocab for a in archs)
     rows = max(padded_vocab(a.vocab, grid.tp_size, config.student.vocab_multiple) for a in archs)
     student = Student(
@@ -85,12 +95,18 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
         vocab_rows=rows,
         lora=config.lora,
     )
-    teacher = None
-    if teacher_arch is not None:
-        teacher = Teacher(config.teacher, teacher_arch, grid, vocab_rows=rows)
+    teacher = make_teacher(
+        config.teacher, config.teacher_parallel, frozen, grid, student, config.student, bridge
+    )
     remote = None
     if config.remote_teacher.addresses:
-        remote = RemoteTeacher(config.remote_teacher, config.objective, grid, tokenizer=tokenizer)
+        remote = RemoteTeacher(
+            config.remote_teacher,
+            config.objective,
+            grid,
+            tokenizer=tokenizer,
+            prompt_of=teacher_prompt_of,
+        )
     parts = Parts(
         config=config,
         grid=grid,
@@ -99,8 +115,9 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
         prompts=prompts,
         student=student,
         teacher=teacher,
+        router=make_router(config.teachers),
         remote=remote,
-        sampler=_sampler(
+        sampler=make_sampler(
             config, grid, tokenizer, prompts, student, teacher, remote, training=training
         ),
         training=training,
@@ -109,50 +126,6 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
     if training:
         parts.start()
     return parts
-
-
-def _sampler(
-    config: Config,
-    grid: Grid,
-    tokenizer: Any,
-    prompts: PromptStream,
-    student: Student,
-    teacher: Teacher | None,
-    remote: RemoteTeacher | None,
-    *,
-    training: bool,
-) -> Sampler:
-    ends = eos_ids(config, tokenizer)
-    inner = make_engine(
-        config.rollout,
-        config.server,
-        config.student,
-        eos_ids=ends,
-        pad_id=pad_id(tokenizer),
-        run_dir=Path(config.run.dir),
-        grid=grid,
-    )
-    engine = AgentEngine(
-        inner,
-        tokenizer,
-        config.agent,
-        template=config.data.template,
-        vocab=student.vocab,
-        max_positions=config.trainer.longest(student.arch.max_positions),
-    )
-    if environment_task(config.data.task or ""):
-        _ = engine.turns  # a chat template that cannot separate turns is refused now
-    return Sampler(
-        config,
-        engine,
-        prompts,
-        grid,
-        student,
-        teacher,
-        reward=lambda sample: reward_of(sample, tokenizer, ends),
-        finished=remote.submit if remote is not None else None,
-        training=training,
-    )
 
 
 @dataclass
@@ -165,7 +138,8 @@ class Parts:
     eos_ids: tuple[int, ...]
     prompts: PromptStream
     student: Student
-    teacher: Teacher | None
+    teacher: BaseTeacher | None
+    router: Router | None  # which of several teachers scores a prompt
     remote: RemoteTeacher | None  # on servers, in place of `teacher`
     sampler: Sampler
     held_out: list[Prompt]
@@ -190,7 +164,7 @@ class Parts:
             config_io.save(config, directory / "config.toml")
         step = self.checkpoints.latest_good()
         if step is not None:
-            state = self.checkpoints.load(step, self.student)
+            state = self.checkpoints.load(step, self.student, self.teacher)
             self.prompts.load_state_dict(state["prompts"])
             self.evaluations = {int(k): v for k, v in state["evaluations"].items()}
             self.first_step = self.saved_step = step
@@ -264,20 +238,31 @@ class Parts:
                 shares = shares_of(plan_step(samples, **cut), len(samples))
                 scores = self.remote.score(samples, shares)
             self.score_metrics = scores.metrics
-        return make_micro_batches(
-            samples,
-            **cut,
-            pad_id=pad_id(self.tokenizer),
-            loss_agg=self.config.objective.loss_agg,
-            max_sequence=trainer.max_sequence,
-            remote=scores,
-        )
+
+        def make(part: Sequence[Sample], whole: StepCounts | None = None) -> list[MicroBatch]:
+            return make_micro_batches(
+                part,
+                **cut,
+                pad_id=pad_id(self.tokenizer),
+                loss_agg=self.config.objective.loss_agg,
+                max_sequence=trainer.max_sequence,
+                remote=scores,
+                whole=whole,
+            )
+
+        if self.router is not None:
+            return routed_micro_batches(samples, self.router, make)
+        return make(samples)
 
     def update(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Score with the teacher and take one optimizer step."""
         micro_batches = self.micro_batches(samples)
         with self.timed("update"):
-            return self.student.update(micro_batches, self.teacher)
+            metrics = self.student.update(micro_batches, self.teacher)
+            if self.teacher is not None:
+                self.teacher.after_update(epoch=self.sampler.cursor["epoch"])
+                metrics |= self.teacher.metrics()  # of all ranks
+            return metrics
 
     def log(self, step: int, metrics: dict[str, float], samples: Sequence[Sample]) -> None:
         """One line of metrics.jsonl, the console and wandb."""
@@ -364,7 +349,8 @@ class Parts:
             "prompts": self.sampler.cursor,
             "evaluations": {str(k): v for k, v in self.evaluations.items()},
         }
-        self.checkpoints.save(step, self.student, run_state, self.config.student.hf_dir)
+        hf_dir = self.config.student.hf_dir
+        self.checkpoints.save(step, self.student, run_state, hf_dir, self.teacher)
         self.saved_step = step
 
     def finish(self) -> dict[str, Any]:
@@ -389,5 +375,7 @@ class Parts:
         self.sampler.close()
         if self.remote is not None:
             self.remote.close()
+        if self.teacher is not None and kind is None:  # else the launcher ends the other ranks
+            self.teacher.close()
         if self.logger is not None:
             self.logger.close()

@@ -33,6 +33,21 @@ def backend() -> str:
     return "nccl" if has_gpu() else "gloo"
 
 
+def raw_group(backend: str, store: Any, rank: int, size: int, timeout: Any) -> Any:
+    """Point-to-point between ranks that are not all of one torch.distributed world.
+
+    Not known to torch.distributed by name: it is used by its own send and recv.
+    """
+    import torch.distributed as dist
+
+    c10d: Any = dist
+    if backend == "gloo":
+        return c10d.ProcessGroupGloo(store, rank, size, timeout)
+    options = c10d.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return c10d.ProcessGroupNCCL(store, rank, size, options)
+
+
 def device() -> Any:
     """The torch.device that this rank computes on."""
     import torch

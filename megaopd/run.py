@@ -12,6 +12,7 @@ from megaopd.launch import restart_count
 from megaopd.parts import Parts, build_parts
 from megaopd.report.progress import progress
 from megaopd.schema import Config
+from megaopd.teacher_ranks import serve_teachers, teacher_ranks
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -20,13 +21,17 @@ def train(config: Config) -> dict[str, Any]:
     A collective over all ranks of the job.
 
     Returns:
-        The summary that is also written to run.dir/summary.json.
+        The summary that is also written to run.dir/summary.json; {} on ranks of the teacher's own.
 
     Raises:
         UserError: the input does not fit together; nothing has been trained yet.
         RunStopped: it was asked to end early (stop.py), and has saved what it did.
     """
-    with build_parts(config) as parts, _watchdog(config, parts):
+    bridge = teacher_ranks(config)
+    if bridge is not None and bridge.is_teacher:
+        serve_teachers(config, bridge)
+        return {}
+    with build_parts(config, bridge=bridge) as parts, _watchdog(config, parts):
         if restart_count():
             parts.warn("restart", f"number {restart_count()}, from step {parts.first_step}")
         steps = range(parts.first_step, config.run.steps)
@@ -71,5 +76,9 @@ def _watchdog(config: Config, parts: Parts) -> watchdog.Watchdog:
 
 def evaluate(config: Config) -> None:
     """Evaluate config.student on held-out prompts (evaluation.py): a table, evaluation.json."""
-    with build_parts(config, training=False) as parts:
+    bridge = teacher_ranks(config)
+    if bridge is not None and bridge.is_teacher:
+        serve_teachers(config, bridge)
+        return
+    with build_parts(config, training=False, bridge=bridge) as parts:
         evaluation.write(evaluation.evaluate(parts), parts)

@@ -2,17 +2,23 @@
 
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from megaopd.data.prompts import PromptStream
+from megaopd.data.tasks import environment_task
 from megaopd.data.types import Prompt, Sample
+from megaopd.inputs import eos_ids, pad_id, reward_of
 from megaopd.parallel import Grid
+from megaopd.rollout.agent import AgentEngine
 from megaopd.rollout.base import Probe, RolloutEngine, SamplingParams
 from megaopd.rollout.buffer import RolloutBuffer
+from megaopd.rollout.engines import make_engine
 from megaopd.schema import Config
 from megaopd.trainer.offload import TurnTaking
+from megaopd.trainer.remote_teacher import RemoteTeacher
 from megaopd.trainer.student import Student
-from megaopd.trainer.teacher import Teacher
+from megaopd.trainer.teachers.base import BaseTeacher
 
 PROBE_TOKENS = 16  # of the text that is checked after every sync
 
@@ -36,7 +42,7 @@ class Sampler:
         prompts: PromptStream,
         grid: Grid,
         student: Student,
-        teacher: Teacher | None,
+        teacher: BaseTeacher | None,
         *,
         reward: Callable[[Sample], float | None],
         finished: Callable[[Sequence[Sample]], None] | None = None,
@@ -119,3 +125,48 @@ class Sampler:
         """Forget requests under way and stop the engine."""
         self.buffer.close()
         self.engine.close()
+
+
+def make_sampler(
+    config: Config,
+    grid: Grid,
+    tokenizer: Any,
+    prompts: PromptStream,
+    student: Student,
+    teacher: BaseTeacher | None,
+    remote: RemoteTeacher | None,
+    *,
+    training: bool,
+) -> Sampler:
+    """The engine that `config` names, with the agent loop around it, ready for its first sync."""
+    ends = eos_ids(config, tokenizer)
+    inner = make_engine(
+        config.rollout,
+        config.server,
+        config.student,
+        eos_ids=ends,
+        pad_id=pad_id(tokenizer),
+        run_dir=Path(config.run.dir),
+        grid=grid,
+    )
+    engine = AgentEngine(
+        inner,
+        tokenizer,
+        config.agent,
+        template=config.data.template,
+        vocab=student.vocab,
+        max_positions=config.trainer.longest(student.arch.max_positions),
+    )
+    if environment_task(config.data.task or ""):
+        _ = engine.turns  # a chat template that cannot separate turns is refused now
+    return Sampler(
+        config,
+        engine,
+        prompts,
+        grid,
+        student,
+        teacher,
+        reward=lambda sample: reward_of(sample, tokenizer, ends),
+        finished=remote.submit if remote is not None else None,
+        training=training,
+    )

@@ -23,7 +23,11 @@ from megaopd.trainer.config import (
     CheckpointConfig,
     OptimConfig,
     RemoteTeacherConfig,
+    RoutedTeacherConfig,
+    TeacherConfig,
+    TeacherParallelConfig,
     TrainerConfig,
+    check_teacher_layout,
 )
 
 
@@ -81,9 +85,11 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     student: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    teacher: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: dict[str, RoutedTeacherConfig] = field(default_factory=dict)
     remote_teacher: RemoteTeacherConfig = field(default_factory=RemoteTeacherConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    teacher_parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
     data: DataConfig
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -163,33 +169,56 @@ class Config:
             )
 
     def _check_teacher(self) -> None:
-        """One teacher where the objective needs one, none where it does not."""
-        if self.teacher.fp8 == "delayed":
+        """One kind of teacher where the objective needs one, none where it does not."""
+        for one in (self.teacher, *self.teachers.values()):
+            if one.fp8 == "delayed":
+                raise UserError(
+                    "teacher.fp8 = delayed",
+                    expected="a recipe whose scales need no history: a teacher never trains",
+                    fix="set teacher.fp8=current or blockwise",
+                )
+        kinds = {
+            "teacher.path": self.teacher.path,
+            "teacher.kind": self.teacher.kind if self.teacher.follows else "",
+            "teachers": list(self.teachers),
+            "remote_teacher.addresses": list(self.remote_teacher.addresses),
+        }
+        given = [name for name, value in kinds.items() if value]
+        if len(given) > 1:
             raise UserError(
-                "teacher.fp8 = delayed",
-                expected="a recipe whose scales need no history: a teacher never trains",
-                fix="set teacher.fp8=current or blockwise",
-            )
-        path, addresses = self.teacher.path, self.remote_teacher.addresses
-        if path and addresses:
-            raise UserError(
-                f"teacher.path = {path} with remote_teacher.addresses",
-                expected="one teacher: beside the student, or on servers",
+                f"{given[0]} = {kinds[given[0]]} with {given[1]}",
+                expected="one teacher: beside the student, the student itself, or on servers; or "
+                "several, each in [teachers.NAME]",
                 fix="remove one of the two",
             )
-        if self.objective.needs_teacher and not (path or addresses):
+        if self.objective.needs_teacher and not given:
             raise UserError(
                 f"objective.loss = {self.objective.loss} without teacher.path",
                 expected="a teacher checkpoint, or the addresses of servers that hold one",
                 fix="set teacher.path or remote_teacher.addresses, or objective.loss=sft",
             )
-        if not self.objective.needs_teacher and (path or addresses):
-            name = "teacher.path" if path else "remote_teacher.addresses"
+        if not self.objective.needs_teacher and given:
             raise UserError(
-                f"{name} = {path or list(addresses)} with objective.loss = {self.objective.loss}",
+                f"{given[0]} = {kinds[given[0]]} with objective.loss = {self.objective.loss}",
                 expected="no teacher: it would be ignored",
-                fix=f"remove {name}, or set objective.loss=rkl",
+                fix=f"remove {given[0]}, or set objective.loss=rkl",
             )
+        nameless = [name for name, one in self.teachers.items() if not one.path]
+        if nameless:
+            raise UserError(
+                f"teachers.{nameless[0]}.path is not set", expected="the teacher's checkpoint"
+            )
+        check_teacher_layout(self.teacher, self.teacher_parallel)
+
+    @property
+    def local_teachers(self) -> dict[str, ModelConfig]:
+        """The frozen teachers of the job's own ranks, by name; a single one has none."""
+        return {"": self.teacher} if self.teacher.path else dict(self.teachers)
+
+    @property
+    def ranks(self) -> int:
+        """The fewest ranks that this run takes."""
+        return self.parallel.model_parallel + self.teacher_parallel.ranks
 
     @property
     def top_ids(self) -> int:

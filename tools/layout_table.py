@@ -26,29 +26,27 @@ from tests.dist.layouts import LAYOUTS, SINGLE, Layout  # noqa: E402
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 
 
-def on_cpu(paths: tuple[str, str], steps: int, dtype: str) -> Any:
+def on_cpu(paths: tuple[str, str], values: dict[str, Any]) -> Any:
     """run(layout) on ranks of a pool: what its rank 0 found."""
     from tests.dist.pool import Ranks
 
     ranks = Ranks(4)
 
     def run(layout: Layout) -> Any:
-        found = ranks.run(
-            layouts.trajectory, layout.world, paths, layout, steps=steps, dtype=dtype, timeout=600
-        )
+        found = ranks.run(layouts.trajectory, layout.world, paths, layout, timeout=600, **values)
         assert all(other[0] == found[0][0] for other in found), "ranks report different metrics"
         return found[0]
 
     return run
 
 
-def on_gpus(paths: tuple[str, str], steps: int, dtype: str) -> Any:
+def on_gpus(paths: tuple[str, str], values: dict[str, Any]) -> Any:
     """run(layout) by torchrun on this machine's GPUs: what its rank 0 found."""
 
     def run(layout: Layout) -> Any:
         with tempfile.TemporaryDirectory() as folder:
             answer = Path(folder, "answer.json")
-            job = json.dumps([paths, list(layout), steps, dtype, str(answer)])
+            job = json.dumps([paths, list(layout), values, str(answer)])
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             command += [f"--nproc-per-node={layout.world}", __file__, "--job", job]
             subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -59,11 +57,11 @@ def on_gpus(paths: tuple[str, str], steps: int, dtype: str) -> Any:
 
 def run_job(job: str) -> None:
     """One layout on the ranks that torchrun started."""
-    paths, layout, steps, dtype, answer = json.loads(job)
+    paths, layout, values, answer = json.loads(job)
     from megaopd.parallel import init_distributed
 
     init_distributed()
-    found = layouts.trajectory(paths, Layout(*layout), steps=steps, dtype=dtype)
+    found = layouts.trajectory(paths, Layout(*layout), **values)
     if int(os.environ["RANK"]) == 0:
         Path(answer).write_text(json.dumps(found))
 
@@ -74,7 +72,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         paths = layouts.checkpoints(Path(folder), tied=True)
         where = on_gpus if arguments.cuda else on_cpu
-        run = where(paths, arguments.steps, arguments.dtype)
+        run = where(paths, {"steps": arguments.steps, "dtype": arguments.dtype, "lr": arguments.lr})
         single = run(SINGLE)
         for name in arguments.only or LAYOUTS:
             layout = LAYOUTS[name]
@@ -103,6 +101,7 @@ def _line(row: dict[str, Any]) -> str:
         split.append(f"data {row['world'] // per_copy}")
     flags = ["sequence parallel"] * row["sequence"] + ["ZeRO-1"] * row["distributed"]
     flags += [f"packed in {row['tokens']}"] * bool(row["tokens"])
+    flags += ["one sample a micro-batch"] * (row["samples"] == 1)
     cells = [f"`{row['layout']}`", ", ".join([*split, *flags]), str(row["world"])]
     cells += [f"{row[key]:.1e}" if key in row else row["skipped"] for key in ("loss", "grad_norm")]
     return "| " + " | ".join(cells) + " |"
@@ -111,7 +110,7 @@ def _line(row: dict[str, Any]) -> str:
 def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     """OUT.json, and the table in OUT.md between its two marks (which a new file gets)."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}
-    facts = {"steps": arguments.steps, "dtype": arguments.dtype, **versions}
+    facts = {"steps": arguments.steps, "lr": arguments.lr, "dtype": arguments.dtype, **versions}
     facts["ranks"] = "NCCL" if arguments.cuda else "CPU, gloo"
     out = Path(arguments.out)
     Path(f"{out}.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
@@ -128,6 +127,7 @@ def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--lr", type=float, default=2e-3, help="the larger, the more of rounding")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--cuda", action="store_true", help="on this machine's GPUs, by torchrun")
     parser.add_argument("--only", nargs="*", choices=list(LAYOUTS), help="these layouts")

@@ -24,6 +24,12 @@ class PaddedBatch:
     loss_mask: torch.Tensor  # bool: this logit row predicts a token the student sampled
     rollout_log_probs: torch.Tensor  # float32: of that token; 0 where absent
     lengths: torch.Tensor  # int64 [N]: prompt + response
+    sources: torch.Tensor  # int64: which sample and row of it, see `source`; -1: padding
+
+
+def source(sample: int, row: int = 0) -> int:
+    """Row `row` of sample number `sample` as one number; row p predicts token p + 1."""
+    return (sample << 32) + row
 
 
 def pad_batch(
@@ -52,8 +58,11 @@ def pad_batch(
     tokens = torch.full(shape, pad_id, dtype=torch.int64)
     loss_mask = torch.zeros(shape, dtype=torch.bool)
     log_probs = torch.zeros(shape, dtype=torch.float32)
+    sources = torch.full(shape, -1, dtype=torch.int64)
     for row, sample in enumerate(samples):
-        tokens[row, : len(sample.tokens)] = torch.tensor(sample.tokens)
+        count = len(sample.tokens)
+        tokens[row, :count] = torch.tensor(sample.tokens)
+        sources[row, :count] = source(row) + torch.arange(count)
         start = len(sample.prompt.token_ids) - 1
         rows = slice(start, start + len(sample.response_ids))
         mask = sample.loss_mask
@@ -70,6 +79,7 @@ def pad_batch(
         loss_mask=loss_mask,
         rollout_log_probs=log_probs,
         lengths=torch.tensor([len(sample.tokens) for sample in samples], dtype=torch.int64),
+        sources=sources,
     )
 
 

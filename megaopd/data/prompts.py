@@ -1,7 +1,9 @@
 """Prompts from a JSONL file or a generating task, in an order that a run can take up again.
 
-A JSONL line: {"prompt": str or chat messages, "answer": str?, "task": str?, "id": str?}; other keys
-go to Prompt.meta. The order depends on (seed, epoch) alone: not on batch size, nor on the rank.
+A JSONL line: {"prompt": str or chat messages, "answer": str?, "task": str?, "id": str?,
+"teacher_prompt": str or chat messages?}; other keys go to Prompt.meta. `teacher_prompt` is what the
+teacher reads in place of `prompt`: the question with privileged information, for instance. The
+order depends on (seed, epoch) alone: not on batch size, nor on the rank.
 """
 
 import functools
@@ -19,6 +21,7 @@ from megaopd.errors import UserError
 
 # Long prompts in a row that a generated stream may skip before something must be wrong.
 MAX_SKIPPED = 1000
+_FIELDS = ("prompt", "answer", "task", "id", "teacher_prompt")
 
 
 class PromptStream:
@@ -159,21 +162,34 @@ def load_file(config: DataConfig, tokenizer: Any) -> tuple[list[Prompt], int]:
         records = records[: config.num_prompts]
     places = [place for place, _ in records]
     texts = [_render(record["prompt"], config, tokenizer, place) for place, record in records]
+    told = _teacher_prompts(records, config, tokenizer)
     prompts = []
     for (place, record), text, ids in zip(
         records, texts, _tokenize(texts, places, tokenizer), strict=True
     ):
-        meta = {k: v for k, v in record.items() if k not in ("prompt", "answer", "task", "id")}
+        meta = {k: v for k, v in record.items() if k not in _FIELDS}
         answer = record.get("answer")
         task = record.get("task") or (config.verifier if answer is not None else "")
         if task:
             _check_task(task, place)
-        prompts.append(Prompt(record.get("id") or place, ids, text, answer, task, meta))
+        name = record.get("id") or place
+        prompts.append(Prompt(name, ids, text, answer, task, meta, told.get(place)))
 
     repeated = [name for name, count in Counter(p.id for p in prompts).items() if count > 1]
     if repeated:
         raise UserError(f"{path}: id {repeated[0]!r} occurs twice", expected="ids that differ")
     return _drop_long(config, prompts, places)
+
+
+def _teacher_prompts(
+    records: list[tuple[str, dict[str, Any]]], config: DataConfig, tokenizer: Any
+) -> dict[str, tuple[int, ...]]:
+    """Token ids by file:line of the prompts that the teacher alone reads."""
+    some = [(place, r["teacher_prompt"]) for place, r in records if "teacher_prompt" in r]
+    texts = [_render(prompt, config, tokenizer, place) for place, prompt in some]
+    places = [place for place, _ in some]
+    ids = _tokenize(texts, places, tokenizer) if texts else []
+    return dict(zip(places, ids, strict=True))
 
 
 def _drop_long(
@@ -225,7 +241,13 @@ def _parse_line(line: str, place: str) -> dict[str, Any]:
     for key in ("answer", "task", "id"):
         if not isinstance(record.get(key), str | None):
             raise UserError(f"{place}: {key} = {record[key]!r}", expected="a string")
-    prompt = record["prompt"]
+    for key in ("prompt", "teacher_prompt"):
+        if key in record:
+            _check_prompt(record[key], key, place)
+    return record
+
+
+def _check_prompt(prompt: Any, key: str, place: str) -> None:
     messages_fit = isinstance(prompt, list) and all(
         isinstance(message, dict)
         and isinstance(message.get("role"), str)
@@ -234,10 +256,9 @@ def _parse_line(line: str, place: str) -> dict[str, Any]:
     )
     if not prompt or not (isinstance(prompt, str) or messages_fit):
         raise UserError(
-            f"{place}: prompt = {str(prompt)[:80]!r}",
+            f"{place}: {key} = {str(prompt)[:80]!r}",
             expected='text, or a list of {"role": ..., "content": ...}',
         )
-    return record
 
 
 @functools.lru_cache(maxsize=2)  # this epoch and, across its end, the next

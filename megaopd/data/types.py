@@ -20,6 +20,8 @@ class Prompt:
     answer: str | None  # what the verifier compares with; None: cannot be scored
     task: str  # name of the verifier (tasks.get_task); "" where there is none
     meta: dict[str, Any] = field(default_factory=dict, hash=False)  # for the verifier, and PI
+    # The teacher's prompt, where it is told more than the student (privileged information).
+    teacher_prompt_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.token_ids:
@@ -109,3 +111,13 @@ class Sample:
     def tokens(self) -> tuple[int, ...]:
         """Prompt and response token ids."""
         return self.prompt.token_ids + self.response_ids
+
+    @property
+    def teacher_prompt(self) -> tuple[int, ...]:
+        """What the response follows in the teacher's sequence."""
+        return self.prompt.teacher_prompt_ids or self.prompt.token_ids
+
+    @property
+    def privileged(self) -> bool:
+        """Whether the teacher's prompt is another one than the student's."""
+        return self.teacher_prompt != self.prompt.token_ids

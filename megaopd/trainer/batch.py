@@ -41,6 +41,10 @@ class MicroBatch:
     table: tuple[int, int] = (0, 0)  # n samples, L; all of a sample's tokens over its CP ranks
     payload: str = "hidden"  # what of the teacher reaches the loss (objectives.validate.PAYLOADS)
     remote: ListedTeacher | None = None  # [T] rows of a teacher on servers; on the last stage
+    # What a teacher with sequences or a layout of its own needs to know (trainer/teachers).
+    sources_T: Any = None  # [T] int64 on the CPU: data.packing.source of each row; -1: padding
+    samples: tuple[Sample, ...] = ()  # of the step, as `sources_T` numbers them
+    teacher: str = ""  # which of several teachers scores this micro-batch
     # Made before the update where the objective asks for it (importance.py), on the last stage.
     importance_weights_T: Any = None  # [T] float32: weights_T x importance weight / what survives
     importance_sums: Any = None  # [4] float64: sum w, sum w^2, clipped or dropped, counted
@@ -56,6 +60,20 @@ class MicroBatch:
         return flat if self.rows is None else flat.index_select(0, self.rows)
 
 
+@dataclass(frozen=True)
+class StepCounts:
+    """Of a whole step, for micro-batches that are made of a part of its samples."""
+
+    samples: int
+    tokens: int = 0  # that the student sampled; 0: those of the part
+    longest: int = 0  # tokens of the longest sample: micro-batches of a step have one shape
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> "StepCounts":
+        masks = [s.loss_mask or (1,) * len(s.response_ids) for s in samples]
+        return cls(len(samples), sum(map(sum, masks)), max(len(s.tokens) for s in samples))
+
+
 def make_micro_batches(
     samples: Sequence[Sample],
     *,
@@ -66,6 +84,7 @@ def make_micro_batches(
     max_sequence: int = 0,
     micro_batch_tokens: int = 0,
     remote: RemoteScores | None = None,
+    whole: StepCounts | None = None,
 ) -> list[MicroBatch]:
     """Pad all samples of the step, weigh their tokens together, and keep this rank's share.
 
@@ -78,11 +97,13 @@ def make_micro_batches(
         micro_batch_tokens: pack samples into rows of that many tokens (rounded up to what the
             layout needs); 0: pad each to the longest.
         remote: scores of a teacher on servers; tokens that it did not score are masked.
+        whole: of the step, where `samples` are a part of it.
 
     Raises:
         UserError: a sample is longer than max_sequence or than micro_batch_tokens.
     """
     count = len(samples)
+    whole = whole or StepCounts(count)
     longest = max(len(sample.tokens) for sample in samples)
     if max_sequence and longest > max_sequence:
         raise UserError(
@@ -101,10 +122,14 @@ def make_micro_batches(
     # Nothing of the copies was sampled: no spans.
     masked = replace(samples[0], loss_mask=(0,) * len(samples[0].response_ids), spans=())
     samples = [*samples, *[masked] * fill]
-    batch = pad_batch(samples, pad_id=pad_id, multiple_of=grid.sequence_multiple)
+    multiple = grid.sequence_multiple
+    length = _round_up(max(longest, whole.longest), multiple)
+    batch = pad_batch(samples, pad_id=pad_id, multiple_of=multiple, length=length)
     if remote is not None:
         batch = replace(batch, loss_mask=remote.keep_scored(batch.loss_mask, samples))
-    options: dict[str, Any] = {} if loss_agg == "token-mean" else {"num_samples": count}
+    options: dict[str, Any] = {"num_samples": whole.samples}
+    if loss_agg == "token-mean":
+        options = {"denominator": whole.tokens or None}
     if loss_agg == "seq-mean-token-sum-norm":
         options["max_length"] = max_sequence
     weights = loss_weights(batch.loss_mask, loss_agg=loss_agg, **options)
@@ -116,6 +141,7 @@ def make_micro_batches(
         else:
             rows = padded_rows(which, width)
         micro = _cut(batch, weights, which, rows, grid, pad_id)
+        micro = replace(micro, samples=tuple(samples))
         if remote is not None:
             listed = remote.listed(which, samples, width)
             micro = replace(micro, payload=remote.payload, remote=_select(listed, micro.slot_T))
@@ -213,6 +239,7 @@ def _cut(
         has_rollout_log_probs=False,
         packed_seq_params=_packed_seq_params(rows.bounds),
         slot_T=slot.to(device),
+        sources_T=take(batch.sources, flat, -1),
         table=(len(which), width),
     )
 

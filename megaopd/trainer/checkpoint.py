@@ -11,6 +11,7 @@ from megaopd.errors import UserError
 from megaopd.models.sharded import load_sharded, read_manifest, save_sharded, verify
 from megaopd.parallel import Grid
 from megaopd.trainer.student import Student
+from megaopd.trainer.teachers.base import BaseTeacher
 
 
 class Checkpoints:
@@ -34,17 +35,28 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.dir / f"step_{step:08d}"
 
-    def save(self, step: int, student: Student, run_state: dict[str, Any], hf_dir: Path) -> None:
+    def save(
+        self,
+        step: int,
+        student: Student,
+        run_state: dict[str, Any],
+        hf_dir: Path,
+        teacher: BaseTeacher | None = None,
+    ) -> None:
         """Save the student after `step` optimizer steps with the run's own state; a collective.
 
         Args:
             run_state: plain numbers, strings, lists and dicts (data cursor, weight version).
             hf_dir: where config and tokenizer are copied from.
+            teacher: whose state is saved too, where it follows the student.
         """
         import torch.distributed as dist
 
         self.dir.mkdir(parents=True, exist_ok=True)
         state = {**student.sharded_state(loading=False), "run": {"step": step, **run_state}}
+        following = teacher.sharded_state() if teacher is not None else {}
+        if following:
+            state["teacher"] = following
         save_sharded(
             state,
             self.path(step),
@@ -75,15 +87,25 @@ class Checkpoints:
                 self.warn(f"passing over a damaged checkpoint: {why}")
         return None
 
-    def load(self, step: int, student: Student) -> dict[str, Any]:
-        """Put the student back to `step`, under any layout; the saved run state. A collective."""
+    def load(
+        self, step: int, student: Student, teacher: BaseTeacher | None = None
+    ) -> dict[str, Any]:
+        """Put the student (and a teacher that follows it) back to `step`; the saved run state.
+
+        Under any layout. A collective.
+        """
         layout = read_manifest(self.path(step))["layout"]
         wanted = student.sharded_state(loading=True)
         if {"context": 1, "virtual": 1, **layout} != self._layout():
             # Another layout has other RNG streams; nothing in a run draws from them but dropout.
             del wanted["rng"]
+        following = teacher.sharded_state() if teacher is not None else {}
+        if following:
+            wanted["teacher"] = following
         state = load_sharded({**wanted, "run": {}}, self.path(step))
         student.load_sharded_state(state)
+        if teacher is not None and following:
+            teacher.load_sharded_state(state["teacher"])
         return state["run"]
 
     def _layout(self) -> dict[str, int]:

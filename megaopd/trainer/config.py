@@ -5,6 +5,8 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from megaopd.errors import UserError
+from megaopd.models.config import ModelConfig
+from megaopd.parallel import ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -146,3 +148,94 @@ class RemoteTeacherConfig:
                     f"remote_teacher.addresses holds {address!r}",
                     expected="URLs such as http://host:30000",
                 )
+
+
+@dataclass(frozen=True)
+class TeacherConfig(ModelConfig):
+    """The teacher's checkpoint, or how it follows the student; where it runs."""
+
+    # frozen: the checkpoint at `path`. The others are the student itself and have no path: live,
+    # its current weights; ema, periodic and previous_epoch, a copy that follows it.
+    kind: Literal["frozen", "live", "ema", "periodic", "previous_epoch"] = "frozen"
+    ema_decay: float = 0.999  # theta_T <- decay theta_T + (1 - decay) theta after every step
+    sync_every: int = 100  # optimizer steps between two copies of kind "periodic"
+    # same: the student's ranks and layout. regrouped: its ranks, laid out by [teacher_parallel].
+    # separate: the job's last teacher_parallel.ranks ranks, laid out by [teacher_parallel].
+    placement: Literal["same", "regrouped", "separate"] = "same"
+    window: int = 2  # separate: micro-batches that it may be ahead of each rank of the student
+    offload: bool = False  # its weights are on the host between its turns
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"teacher.ema_decay = {self.ema_decay}", expected="0 <= decay < 1")
+        for name in ("sync_every", "window"):
+            if getattr(self, name) < 1:
+                raise UserError(f"teacher.{name} = {getattr(self, name)}", expected="at least 1")
+        if self.follows and self.path:
+            raise UserError(
+                f"teacher.path = {self.path} with teacher.kind = {self.kind}",
+                expected="no path: the student is its own teacher",
+                fix="remove teacher.path, or set teacher.kind=frozen",
+            )
+        if self.follows and self.placement != "same":
+            raise UserError(
+                f"teacher.placement = {self.placement} with teacher.kind = {self.kind}",
+                expected="same: a copy of the student lies where the student does",
+                fix="set teacher.placement=same",
+            )
+        if self.kind == "live" and self.offload:
+            raise UserError(
+                "teacher.offload = true with teacher.kind = live",
+                expected="false: there is no copy to put away",
+            )
+
+    @property
+    def follows(self) -> bool:
+        """Whether the student is its own teacher."""
+        return self.kind != "frozen"
+
+
+@dataclass(frozen=True)
+class RoutedTeacherConfig(ModelConfig):
+    """One of several teachers, and the prompts that it scores."""
+
+    # "task=NAME", or "KEY=VALUE" of the prompt's metadata; empty: every prompt that is left.
+    routes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TeacherParallelConfig(ParallelConfig):
+    """The layout of a teacher that is not laid out as the student is."""
+
+    ranks: int = 0  # how many of the job's last ranks are the teacher's (placement = separate)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ranks < 0 or self.ranks % self.model_parallel:
+            raise UserError(
+                f"teacher_parallel.ranks = {self.ranks}",
+                expected=f"a multiple of {self.model_parallel} (tensor x pipeline)",
+            )
+        if self.context > 1 or self.virtual > 1:
+            raise UserError(
+                f"teacher_parallel.context = {self.context}, virtual = {self.virtual}",
+                expected="1: a layout of the teacher's own splits tensors, stages and samples",
+                fix="split more over tensor or pipeline",
+            )
+
+
+def check_teacher_layout(teacher: TeacherConfig, layout: TeacherParallelConfig) -> None:
+    """Refuse a [teacher_parallel] that nothing reads, and one that is missing."""
+    if teacher.placement == "same" and layout != TeacherParallelConfig():
+        raise UserError(
+            "[teacher_parallel] is set with teacher.placement = same",
+            expected="the layout of [parallel] for both models",
+            fix="set teacher.placement=regrouped or separate, or remove [teacher_parallel]",
+        )
+    if (teacher.placement == "separate") != (layout.ranks > 0):
+        raise UserError(
+            f"teacher_parallel.ranks = {layout.ranks} with teacher.placement = {teacher.placement}",
+            expected="some ranks for a separate teacher, 0 for another",
+            fix="set teacher_parallel.ranks to the ranks that are the teacher's, or change "
+            "teacher.placement",
+        )

@@ -85,7 +85,7 @@ class TurnTaking:
         freed = self._gradients.put_away(gradient_tensors(self.student.wrapped))
         state = list(optimizer_tensors(self.student.optimizer))
         if self.teacher is not None:
-            state += _parameters(self.teacher.chunks)
+            state += self.teacher.parameters()
         weights = _pointers(_parameters(self.student.chunks))
         return freed + self._state.put_away(t for t in state if _pointer(t) not in weights)
 

@@ -20,7 +20,7 @@ from megaopd.trainer.log_probs import sequence_log_probs
 from megaopd.trainer.optim import check_optimizer, make_optimizer, make_schedule, wrap_ddp
 from megaopd.trainer.pace import Pace
 from megaopd.trainer.step import objective_pass
-from megaopd.trainer.teacher import Teacher
+from megaopd.trainer.teachers.base import BaseTeacher
 
 
 class Student:
@@ -54,6 +54,7 @@ class Student:
         self.arch, self.grid, self.objective = arch, grid, objective
         self.vocab = vocab or arch.vocab
         rows = vocab_rows or padded_vocab(arch.vocab, grid.tp_size, config.vocab_multiple)
+        self.vocab_rows = rows
         chunks = build_chunks(arch, config, grid, vocab_rows=rows)
         self.chunks = [chunk.to(platform.device()) for chunk in chunks]
         load_weights(self.chunks, config, arch, grid, progress=progress)
@@ -91,7 +92,7 @@ class Student:
         return WeightStream(self.chunks, self.arch, self.grid, only_rank_0=only_rank_0)
 
     def update(
-        self, micro_batches: Sequence[MicroBatch], teacher: Teacher | None = None
+        self, micro_batches: Sequence[MicroBatch], teacher: BaseTeacher | None = None
     ) -> dict[str, float]:
         """One optimizer step; the objective's metrics with grad_norm and lr, equal on every rank.
 
@@ -108,6 +109,7 @@ class Student:
                 micro_batches,
                 self.objective,
                 vocab=self.vocab,
+                softcap=self.arch.final_softcap,
             )
         self.pace.begin()
         for ddp in self.wrapped:
@@ -124,11 +126,16 @@ class Student:
     def log_probs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
         """Of token_ids[1:], each given what stands before it, at temperature 1; a collective."""
         return sequence_log_probs(
-            self.wrapped, self.output_weight, self.grid, token_ids, vocab=self.vocab
+            self.wrapped,
+            self.output_weight,
+            self.grid,
+            token_ids,
+            vocab=self.vocab,
+            softcap=self.arch.final_softcap,
         )
 
     def score(
-        self, micro_batches: Sequence[MicroBatch], teacher: Teacher | None = None
+        self, micro_batches: Sequence[MicroBatch], teacher: BaseTeacher | None = None
     ) -> dict[str, float]:
         """The objective's metrics on these micro-batches: no gradient, no importance weights."""
         import torch
@@ -140,7 +147,7 @@ class Student:
     def _pass(
         self,
         micro_batches: Sequence[MicroBatch],
-        teacher: Teacher | None,
+        teacher: BaseTeacher | None,
         hidden: list[Any] | None,
         *,
         forward_only: bool,
@@ -155,6 +162,8 @@ class Student:
             teacher_hidden=hidden,
             teacher_weight=teacher.output_weight if teacher else None,
             forward_only=forward_only,
+            softcap=self.arch.final_softcap,
+            teacher_softcap=teacher.softcap if teacher else None,
         )
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:

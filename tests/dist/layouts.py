@@ -17,11 +17,13 @@ class Layout(NamedTuple):
     distributed: bool = True  # the optimizer's state
     context: int = 1
     virtual: int = 1
-    tokens: int = 0  # of a packed row; 0: padded samples, two a micro-batch
+    tokens: int = 0  # of a packed row; 0: padded samples
+    samples: int = 2  # of a padded micro-batch
 
 
 SINGLE = Layout(1, distributed=False)
 LAYOUTS = {
+    "one-by-one": Layout(1, distributed=False, samples=1),  # the same rank in another order
     "tp2": Layout(2, tensor=2, distributed=False),
     "tp2-sp": Layout(2, tensor=2, sequence=True),
     "pp2": Layout(2, pipeline=2, distributed=False),
@@ -76,7 +78,7 @@ def samples(step, count=8):
     return made
 
 
-def build(paths, layout, steps=STEPS, dtype="float32", **values):
+def build(paths, layout, steps=STEPS, dtype="float32", lr=1e-2, **values):
     """(grid, student, teacher or None) under `layout`; values: of the objective."""
     from megaopd.models.arch import architecture, padded_vocab, read_hf_config
     from megaopd.models.config import ModelConfig
@@ -92,7 +94,7 @@ def build(paths, layout, steps=STEPS, dtype="float32", **values):
     # Adam divides the smallest gradients by themselves, so that rounding noise becomes a full step;
     # a larger eps keeps the comparison about the gradients.
     optim = OptimConfig(
-        lr=1e-2, weight_decay=0.1, clip_grad=0.5, eps=1e-5, distributed=layout.distributed
+        lr=lr, weight_decay=0.1, clip_grad=0.5, eps=1e-5, distributed=layout.distributed
     )
     objective = ObjectiveConfig(chunk_size=7, **values)
     student = Student(
@@ -116,21 +118,22 @@ def batch(step, grid, layout, student, count=8):
     return make_micro_batches(
         samples(step, count),
         grid=grid,
-        micro_batch_size=1 if layout.tokens else 2,
+        micro_batch_size=1 if layout.tokens else layout.samples,
         micro_batch_tokens=layout.tokens,
         pad_id=0,
         loss_agg=student.objective.loss_agg,
     )
 
 
-def trajectory(paths, layout, fault="", steps=STEPS, dtype="float32", **values):
+def trajectory(paths, layout, fault="", steps=STEPS, **values):
     """[(loss, grad_norm, ...)] of `steps` steps, and the sum of every exported weight.
 
-    values: of the objective. The numbers after the first two are its list and importance metrics.
+    values: dtype, lr, and those of the objective, whose list and importance metrics are the
+    numbers after the first two.
     """
     layout = Layout(*layout)
     undo = plant(fault)
-    grid, student, teacher = build(paths, layout, steps, dtype, **values)
+    grid, student, teacher = build(paths, layout, steps, **values)
     curve = []
     for step in range(steps):
         metrics = student.update(batch(step, grid, layout, student), teacher)
@@ -224,5 +227,7 @@ def differences(reference, other):
     (curve, weights), (other_curve, other_weights) = reference, other
     loss = max(abs(a[0] / b[0] - 1) for a, b in zip(curve, other_curve, strict=True))
     norm = max(abs(a[1] / b[1] - 1) for a, b in zip(curve, other_curve, strict=True))
+    if weights.keys() != other_weights.keys():
+        return loss, norm, float("inf")
     size = max(abs(weights[n] / other_weights[n] - 1) for n in weights)
     return loss, norm, size

@@ -13,6 +13,7 @@ from megaopd import config as config_io
 from megaopd.errors import UserError
 from megaopd.recipes import recipe
 from megaopd.schema import Config, load_config
+from megaopd.trainer.config import RoutedTeacherConfig
 
 GOOD = ["student.path=s", "teacher.path=t", "data.source=task:addition3"]
 
@@ -45,6 +46,14 @@ def test_the_resolved_config_round_trips(tmp_path):
         ("rollout.top_p=0", "(0, 1]"),
         ("objective.loss=sft", "remove teacher.path"),
         ("teacher.path=", "set teacher.path"),
+        ("teacher.kind=ema", "remove teacher.path"),
+        ("teacher.ema_decay=1.0", "0 <= decay < 1"),
+        ("teacher.window=0", "teacher.window = 0"),
+        ("teacher.placement=separate", "set teacher_parallel.ranks"),
+        ("teacher_parallel.tensor=2", "teacher.placement = same"),
+        ("teacher_parallel.ranks=2", "teacher.placement = same"),
+        ("teachers.math.path=m", "each in [teachers.NAME]"),
+        ("teachers.math.pth=m", "did you mean teachers.math.path?"),
         ("data.source=", "data.source = ''"),
         ("trainer.micro_batch_tokens=100", "room for the longest sample"),
         ("parallel.virtual=2", "parallel.pipeline=2"),
@@ -57,6 +66,22 @@ def test_what_is_wrong_is_said(override, said):
     with pytest.raises(UserError) as caught:
         load_config(None, [*GOOD, override])
     assert any(option in str(caught.value) for option in said.split("|")), str(caught.value)
+
+
+def test_kinds_of_teachers(tmp_path):
+    values = ["student.path=s", "data.source=task:addition3"]
+    config = load_config(None, [*values, "teacher.kind=live"])
+    assert config.local_teachers == {} and config.ranks == 1
+    named = ["teachers.math.path=m", 'teachers.math.routes=["task=math"]', "teachers.rest.path=r"]
+    own = ["teacher.placement=separate", "teacher_parallel.ranks=4", "teacher_parallel.tensor=2"]
+    config = load_config(None, [*values, *named, *own, "parallel.tensor=2"])
+    assert list(config.local_teachers) == ["math", "rest"] and config.ranks == 6
+    assert config.teachers["math"].routes == ("task=math",)
+    config_io.save(config, tmp_path / "config.toml")
+    assert load_config(tmp_path / "config.toml") == config
+    for more in (["teacher.kind=live", *own], ["teachers.math.dtype=bfloat16"], ["teacher.kind=x"]):
+        with pytest.raises(UserError):
+            load_config(None, [*values, *more])
 
 
 def test_missing_and_malformed_files(tmp_path):
@@ -76,8 +101,10 @@ def test_packaged_recipes_load(name):
 def test_the_public_sections_are_pinned():
     sections = {f.name: f.type for f in fields(Config)}
     assert list(sections) == [
-        "run", "student", "lora", "teacher", "remote_teacher", "parallel", "data", "rollout",
-        "server", "agent", "objective", "optim", "trainer", "checkpoint", "eval", "report",
+        "run", "student", "lora", "teacher", "teachers", "remote_teacher", "parallel",
+        "teacher_parallel",
+        "data", "rollout", "server", "agent", "objective", "optim", "trainer", "checkpoint", "eval",
+        "report",
     ]  # fmt: skip
 
 
@@ -110,4 +137,6 @@ def test_sections_are_frozen():
     config = load_config(None, GOOD)
     for f in fields(config):
         section = getattr(config, f.name)
+        if f.name == "teachers":  # one section a name
+            section = RoutedTeacherConfig(path="m")
         assert is_dataclass(section) and section.__dataclass_params__.frozen

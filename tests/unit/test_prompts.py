@@ -192,3 +192,20 @@ def test_bad_config(values):
 def test_unknown_task_is_refused_at_once():
     with pytest.raises(UserError, match="did you mean addition"):
         PromptStream(DataConfig("task:adition3"), TOKENIZER)
+
+
+def test_a_prompt_that_the_teacher_alone_reads(jsonl):
+    path = jsonl(
+        {"prompt": "1+1=", "teacher_prompt": "2. 1+1=", "answer": "2."},
+        {"prompt": "2+2=", "answer": "4.", "source": "x"},
+    )
+    told, bare = fixed_set(DataConfig(path), TOKENIZER, 2)
+    assert TOKENIZER.decode(told.teacher_prompt_ids) == "2. 1+1=" and told.text == "1+1="
+    assert told.meta == {} and bare.teacher_prompt_ids is None and bare.meta == {"source": "x"}
+    messages = [{"role": "user", "content": "1+1"}]
+    secret = [{"role": "system", "content": "2"}, *messages]
+    path = jsonl({"prompt": messages, "teacher_prompt": secret})
+    (prompt,) = fixed_set(DataConfig(path, template="chat"), CHAT, 1)
+    assert CHAT.decode(prompt.teacher_prompt_ids) == "<system>2<user>1+1<assistant>"
+    with pytest.raises(UserError, match="teacher_prompt = "):
+        fixed_set(DataConfig(jsonl({"prompt": "1", "teacher_prompt": 3})), TOKENIZER, 1)
