@@ -141,6 +141,8 @@ def _in_ranks(arguments: argparse.Namespace, config: Any, here: Any) -> int:
         check_restarts()
         stop.listen()
         return here()
+    if arguments.restarts < 0:
+        raise UserError(f"--restarts {arguments.restarts}", expected="0 or more")
     ranks = arguments.ranks or config.parallel.model_parallel
     if ranks % config.parallel.model_parallel:
         raise UserError(
