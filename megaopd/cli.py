@@ -158,6 +158,8 @@ def _in_ranks(arguments: argparse.Namespace, config: Any, here: Any) -> int:
         check_restarts()
         stop.listen()
         return here()
+    if arguments.restarts < 0:
+        raise UserError(f"--restarts {arguments.restarts}", expected="0 or more")
     own, teachers = config.parallel.model_parallel, config.teacher_parallel.ranks
     ranks = arguments.ranks or config.ranks
     if ranks <= teachers or (ranks - teachers) % own:

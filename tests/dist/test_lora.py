@@ -161,7 +161,7 @@ def test_resume(ranks, checkpoints, tmp_path):
     assert names and all("_lora." in name for name in names)
     again = ranks.run(cases.resume, 2, paths, layout, str(tmp_path), save=False)
     assert again[0][0] == curve
-    ((other, _),) = ranks.run(cases.resume, 1, paths, SINGLE, str(tmp_path), save=False)
+    ((other, _),) = ranks.run(cases.resume, 1, paths, Layout(1), str(tmp_path), save=False)
     assert other == [pytest.approx(step, rel=1e-5) for step in curve]
 
     path = str(tmp_path / "checkpoints" / "step_00000002")
