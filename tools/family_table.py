@@ -12,7 +12,6 @@ the page OUT.md, between its marks.
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -158,8 +157,11 @@ def write(out: Path, part: str, rows: list[dict[str, Any]], page: str) -> None:
     data.write_text(json.dumps({**known, part: rows}, indent=1) + "\n")
     text = out.with_suffix(".md")
     if text.exists():
-        marks = rf"(<!-- {part} -->\n).*?(\n<!-- end -->)"
-        text.write_text(re.sub(marks, lambda m: m[1] + page + m[2], text.read_text(), flags=re.S))
+        before, mark, rest = text.read_text().partition(f"<!-- {part} -->\n")
+        if not mark:
+            sys.exit(f"{text} has no line <!-- {part} -->")
+        after = rest[rest.index("<!-- end -->") :]
+        text.write_text(f"{before}{mark}{page}\n{after}")
     print(page)
 
 

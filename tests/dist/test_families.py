@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from megaopd.rollout.hf import EmbeddedEngine
-from tests.dist.families import CASES, LAYOUTS, Layout, backward, measure
+from tests.dist.families import CASES, LAYOUTS, Case, Layout, backward, measure
 from tests.dist.models import tokens
 
 # What a layout can break: biases, soft-caps, (1 + w) norms behind row-parallel layers, two rotary
@@ -138,3 +138,46 @@ def streamed(path, layout):
     model = build_model(arch, ModelConfig(path=path), grid)
     load_hf_weights(model, path, arch, grid)
     return {n: t.clone() for n, t in WeightStream(model, arch, grid, only_rank_0=True)}
+
+
+def divergence(paths, layout):
+    """(rkl of a student with a soft-cap from a teacher with another one or none, log-probs)."""
+    from megaopd.data.types import Prompt, Sample
+    from megaopd.models.arch import architecture, padded_vocab, read_hf_config
+    from megaopd.models.config import ModelConfig
+    from megaopd.objectives.spec import ObjectiveConfig
+    from megaopd.parallel import ParallelConfig, make_grid
+    from megaopd.trainer.batch import make_micro_batches
+    from megaopd.trainer.student import Student
+    from megaopd.trainer.teacher import Teacher
+
+    grid = make_grid(ParallelConfig(layout.tensor, layout.pipeline, sequence=layout.tensor > 1))
+    archs = [architecture(read_hf_config(path)) for path in paths]
+    student = Student(ModelConfig(path=paths[0]), archs[0], grid, ObjectiveConfig(), None)
+    rows = padded_vocab(archs[0].vocab, layout.tensor, 8)
+    teacher = Teacher(ModelConfig(path=paths[1]), archs[1], grid, vocab_rows=rows)
+    ids = tuple(tokens(1)[0].tolist())
+    sample = Sample(Prompt("p", ids[:1], "", None, ""), ids[1:], None, "stop", weight_version=0)
+    micro_batches = make_micro_batches(
+        [sample], grid=grid, micro_batch_size=1, pad_id=0, loss_agg="token-mean"
+    )
+    return student.score(micro_batches, teacher)["kl"], student.log_probs(ids)
+
+
+@pytest.mark.parametrize("teacher", ["llama", "gemma2"])
+def test_each_model_has_its_own_soft_cap_in_the_loss(ranks, checkpoints, tmp_path, teacher):
+    paths = [checkpoints["gemma2"], checkpoints[teacher]]
+    if teacher == "gemma2":
+        changes = {**CASES["gemma2"].changes, "final_logit_softcapping": 1.0}
+        paths[1] = Case("Gemma2Config", changes).save(tmp_path, "other")
+    ids, laws = tokens(1), []
+    for path in paths:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+        with torch.no_grad():
+            laws.append(model(ids).logits[0, :-1].double().log_softmax(-1))
+    wanted = float((laws[0].exp() * (laws[0] - laws[1])).sum(-1).mean())
+    chosen = laws[0].gather(1, ids[0, 1:, None])[:, 0]
+    for layout in (Layout(), Layout(2)):
+        for kl, log_probs in ranks.run(divergence, layout.world, paths, layout):
+            assert kl == pytest.approx(wanted, rel=1e-4)
+            assert torch.allclose(torch.tensor(log_probs).double(), chosen, atol=1e-4)
