@@ -1,6 +1,7 @@
 """megaopd train | eval | convert | report | doctor | quickstart: parse, build, run; no logic."""
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--out", type=Path, required=True, metavar="DIR")
         one.add_argument("--tp", type=int, default=1, help="tensor parallel ranks to work with")
         one.add_argument("--pp", type=int, default=1, help="pipeline parallel ranks to work with")
+        one.add_argument("--ep", type=int, default=1, help="expert parallel ranks to work with")
         one.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the source's")
         one.set_defaults(command=_convert, way=way)
 
@@ -144,6 +146,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     from megaopd.launch import run_ranks, under_torchrun
     from megaopd.models.arch import architecture, check_layout, read_hf_config
     from megaopd.models.config import ModelConfig
+    from megaopd.models.layout import check_expert_use
     from megaopd.models.sharded import read_manifest
     from megaopd.models.weights import check_new_dir, hf_dtype
     from megaopd.parallel import ParallelConfig, make_grid
@@ -153,12 +156,16 @@ def _convert(arguments: argparse.Namespace) -> int:
     dtype: Any = arguments.dtype or (
         hf_dtype(model.hf_dir) if to_megatron else read_manifest(arguments.source)["dtype"]
     )
-    layout = ParallelConfig(tensor=arguments.tp, pipeline=arguments.pp)
+    layout = ParallelConfig(
+        tensor=arguments.tp, pipeline=arguments.pp, expert=arguments.ep, sequence=arguments.tp > 1
+    )
     arch = architecture(read_hf_config(model.hf_dir), where=str(model.hf_dir))
     check_layout(arch, layout, who=str(arguments.source))
+    check_expert_use([arch], layout)
     if not under_torchrun():
         check_new_dir(arguments.out)
-        return run_ranks(arguments.argv, layout.model_parallel)
+        stage = math.lcm(layout.tensor, layout.expert)
+        return run_ranks(arguments.argv, layout.pipeline * stage)
     from megaopd.models import convert
 
     model = ModelConfig(path=str(arguments.source), dtype=dtype)

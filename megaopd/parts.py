@@ -19,6 +19,7 @@ from megaopd.data.types import Prompt, Sample
 from megaopd.errors import UserError
 from megaopd.inputs import check_run_dir, eos_ids, held_out, pad_id, response_text, reward_of
 from megaopd.models.arch import architecture, check_layout, padded_vocab, read_hf_config
+from megaopd.models.layout import check_expert_use
 from megaopd.objectives.alarms import new_alarms
 from megaopd.parallel import Grid, make_grid
 from megaopd.report.metrics import MetricLogger, read_metrics
@@ -60,9 +61,10 @@ def build_parts(config: Config, *, training: bool = True) -> "Parts":
             read_hf_config(config.teacher.hf_dir), where=config.teacher.path
         )
         check_layout(teacher_arch, config.parallel, who="teacher")
+    archs = [a for a in (arch, teacher_arch) if a is not None]
+    check_expert_use(archs, config.parallel)
     prompts = PromptStream(config.data, tokenizer)
     grid = make_grid(config.parallel, seed=config.run.seed + 1234)
-    archs = [a for a in (arch, teacher_arch) if a is not None]
     vocab = min(a.vocab for a in archs)
     rows = max(padded_vocab(a.vocab, grid.tp_size, config.student.vocab_multiple) for a in archs)
     student = Student(

@@ -15,6 +15,9 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # parameters and activations
     vocab_multiple: int = 8  # the vocabulary is padded to a multiple of this times tensor parallel
     recompute: Literal["none", "full", "selective"] = "none"  # activation recomputation
+    # Weight of the load-balancing loss of a mixture of experts, as a mean over the micro-batches of
+    # the step; 0: the distillation loss alone decides.
+    moe_aux_loss_coef: float = 0.0
 
     @property
     def is_megatron(self) -> bool:

@@ -7,6 +7,7 @@ stuck in a collective, so all are killed and the next case starts new ones.
 
 import contextlib
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -189,6 +190,7 @@ def _one_case(rank: int, world: int, port: int, store: str, task: bytes) -> Any:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     fn, args, kwargs = pickle.loads(task)
     result = fn(*args, **kwargs)
+    gc.collect()  # models hold their process groups, and those their threads, in cycles
     dist.barrier()  # no rank leaves while another still talks to it
     if "megatron.core.parallel_state" in sys.modules:
         sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
