@@ -34,7 +34,7 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         }
     elif model.recompute == "selective":
         recompute = {"recompute_granularity": "selective"}
-    config = (MLATransformerConfig if arch.latent else TransformerConfig)(
+    config: Any = (MLATransformerConfig if arch.latent else TransformerConfig)(
         num_layers=arch.layers,
         hidden_size=arch.hidden,
         ffn_hidden_size=arch.ffn,
@@ -70,8 +70,10 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         bias_dropout_fusion=gpu,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        # Fused rotary embedding of latent attention knows yarn only.
-        apply_rope_fusion=platform.use_transformer_engine() and arch.latent is None,
+        # The fused kernel neither scales cosine and sine nor splits a head.
+        apply_rope_fusion=platform.use_transformer_engine()
+        and arch.latent is None
+        and arch.rope.magnitude == 1.0,
         gradient_accumulation_fusion=platform.has_apex_wgrad_fusion(),
         # The token weights hold the step's whole normalisation (losses/reduce.py): Megatron
         # must sum and divide by nothing. DDP reads this when it is built.
@@ -86,7 +88,7 @@ def transformer_config(arch: Architecture, model: ModelConfig, parallel: Paralle
         # How megatron-core's attention finds the factor of cosine and sine: 0.1 m ln(s) + 1.
         config.yarn_rotary_scaling_factor = math.e
         config.yarn_mscale, config.yarn_mscale_all_dim = 10 * (arch.rope.magnitude - 1), 0.0
-    config.aux_loss_share = 1.0  # pyright: ignore[reportAttributeAccessIssue]
+    config.aux_loss_share = 1.0
     return config
 
 

@@ -153,8 +153,9 @@ def router() -> type:
         def attach_and_log_load_balancing_loss(
             self, activation: Any, aux_loss_coeff: float, aux_loss: Any, *args: Any, **kwargs: Any
         ) -> Any:
+            config: Any = self.config
             return super().attach_and_log_load_balancing_loss(
-                activation, aux_loss_coeff, aux_loss * self.config.aux_loss_share, *args, **kwargs
+                activation, aux_loss_coeff, aux_loss * config.aux_loss_share, *args, **kwargs
             )
 
     return Router

@@ -48,7 +48,8 @@ def _layer(arch: Architecture, layer: int) -> Any:
     else:
         spec = specs.get_gpt_layer_local_spec(**options, normalization="RMSNorm")
         _use_local_norms(arch, spec.submodules)
-    attention = spec.submodules.self_attention
+    parts: Any = spec.submodules
+    attention = parts.self_attention
     if not gpu or arch.attention_softcap:
         attention.submodules.core_attention = sdpa_attention(arch.attention_softcap)
     if arch.latent and not gpu:
@@ -56,8 +57,8 @@ def _layer(arch: Architecture, layer: int) -> Any:
     if arch.local_rope and arch.windowed and arch.windowed[layer]:
         attention.module = modules.local_rope_attention(arch.local_rope)
     if sparse:
-        spec.submodules.mlp.submodules.router = modules.router()
-    _add_biases_and_norms(arch, spec.submodules, sparse)
+        parts.mlp.submodules.router = modules.router()
+    _add_biases_and_norms(arch, parts, sparse)
     return spec
 
 

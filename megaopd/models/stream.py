@@ -21,7 +21,7 @@ class WeightStream:
 
     - every rank gets every tensor: each shard is all-gathered over its tensor group, or an expert
       broadcast over its expert group, and the full tensor broadcast over its pipeline group.
-      Memory: one full tensor on every rank.
+      Memory: the shards of one parameter and the tensors made of them on every rank.
     - `only_rank_0`: rank 0 gets every tensor and the others nothing. The shards of a stage are
       gathered on its first rank, which sends them on as they are to rank 0, where they become full
       tensors. Memory: the shards of one parameter and the tensors made of them on rank 0, the
@@ -102,11 +102,14 @@ class WeightStream:
                         torch.empty(shape, dtype=entry.dtype, device=platform.device())
                         for shape in entry.shapes
                     ]
-                for name, tensor in zip(entry.names, tensors, strict=True):
+                for name in entry.names:
+                    # Let go of before the next one is made.
+                    tensor = tensors.pop(0)
                     if self.grid.pp_size > 1:
                         tensor = tensor.contiguous()
                         dist.broadcast(tensor, src=ranks[stage], group=self.grid.groups.pp)
                     yield name, tensor
+                    del tensor
 
     def _gather(self, entry: "Described") -> list[Any]:
         """The shards of a parameter of this stage, on every rank of it."""

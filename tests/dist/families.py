@@ -208,10 +208,7 @@ def _measure_one(path: str, grid: Any) -> Measured:
     from tests.dist.test_models import logits
 
     arch = architecture(read_hf_config(path))
-    parallel = grid.config
-    if arch.experts is None and parallel.expert > 1:
-        raise AssertionError("expert parallel for a dense model")
-    check_layout(arch, parallel, who=arch.family)
+    check_layout(arch, grid.config, who=arch.family)
     model = build_model(arch, ModelConfig(path=path), grid)
     load_hf_weights(model, path, arch, grid)
     reader = HfReader(path)
@@ -283,8 +280,10 @@ def _gradients(model: Any, arch: Any, grid: Any, reference: Any, ids: Any) -> tu
     return worst, abs(float(norm) / total - 1)
 
 
-def backward(ddp: Any, model: Any, arch: Any, grid: Any, ids: Any, labels: Any) -> None:
-    """Gradients of the mean negative log-prob of `labels`, one sequence a micro-batch."""
+def backward(
+    ddp: Any, model: Any, arch: Any, grid: Any, ids: Any, labels: Any, *, weight: float = 1.0
+) -> None:
+    """Gradients of weight x the mean negative log-prob of `labels`, one sequence a micro-batch."""
     from megaopd.losses import fused_linear_cross_entropy
     from megaopd.trainer.batch import MicroBatch
     from megaopd.trainer.step import run_schedule
@@ -297,7 +296,7 @@ def backward(ddp: Any, model: Any, arch: Any, grid: Any, ids: Any, labels: Any) 
             torch.arange(ids.shape[1])[None],
             None,
             labels[i],
-            torch.full(ids.shape[1:], 1.0 / ids.numel()),
+            torch.full(ids.shape[1:], weight / ids.numel()),
             empty,
             empty,
             False,
@@ -309,10 +308,9 @@ def backward(ddp: Any, model: Any, arch: Any, grid: Any, ids: Any, labels: Any) 
         micro = next(iterator)
 
         def loss(hidden: Any) -> Any:
-            weight = model.output_weight()
             made = fused_linear_cross_entropy(
                 hidden.flatten(0, 1),
-                weight,
+                model.output_weight(),
                 micro.labels_T,
                 token_weights=micro.weights_T,
                 vocab_size=arch.vocab,
