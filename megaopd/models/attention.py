@@ -58,7 +58,7 @@ def sdpa_attention(softcap: float | None = None) -> type:
         ) -> Any:
             """query [S, B, N, D], key [S, B, G, D], value [S, B, G, Dv] -> [S, B, N*Dv], causal.
 
-            Packed: all without B, which is 1; causal within each sequence.
+            Packed: [S, N, D], [S, G, D], [S, G, Dv] -> [S, 1, N*Dv], causal within each sequence.
             """
             assert attention_mask is None and attention_bias is None
             return attend(

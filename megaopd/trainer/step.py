@@ -51,9 +51,9 @@ def run_schedule(
     first = inputs[0] if isinstance(inputs[0], MicroBatch) else inputs[0][0]
     micro_batch_size, sequence = first.tokens.shape
     chunks = as_chunks(model)
-    config = chunks[0].config
     for chunk in chunks:  # models/modules.py router
-        chunk.config.aux_loss_share = 1.0 / (len(inputs) * grid.dp_size * grid.cp_size)
+        chunk.config.aux_loss_share = 1.0 / (len(inputs) * grid.dp_size)
+    config = chunks[0].config
     interleaved = len(chunks) > 1
     schedule = get_forward_backward_func(
         pp_size=grid.pp_size, vp_size=len(chunks) if interleaved else None
