@@ -23,11 +23,15 @@ SEEN = (
     Case("seen tp1", P()),
     Case("seen full", P(), recompute="full", sequence=512, response=384, vocab=2048),
     Case("seen bf16 qwen3", P(), dtype="bfloat16", family="Qwen3"),
+    Case("seen micro-batch 2", P(), vocab=1024, micro_batch=2, sequence=512, response=300,
+         layers=6),
+    Case("seen tied", P(), tied=True, vocab=16384, teacher_hidden=0, family="Qwen3", sequence=64,
+         response=48, layers=2),
     Case("seen tp2", P(tensor=2), world=2),
     Case("seen tp2 sp", P(tensor=2, sequence=True), world=2),
     Case("seen pp2", P(pipeline=2), world=2),
     Case("seen dp2", P(), world=2),
-)
+)  # fmt: skip
 
 # Not looked at before the tables were finished.
 HELD_OUT = (

@@ -11,6 +11,7 @@ from tools.bench import alternatives, cases, cli, report, worker
 from tools.bench.measure import (
     Collectives,
     LiveBytes,
+    LiveStorages,
     Pairs,
     bootstrap_median,
     storage_bytes,
@@ -46,6 +47,23 @@ def test_live_bytes_sees_backward_and_temporaries_but_no_inputs():
     assert live.at["forward"] == nbytes
     assert live.end == 2 * nbytes  # y and x.grad
     assert live.peak >= 2 * nbytes
+
+
+def test_live_storages_follow_views_saved_tensors_and_the_end_of_both():
+    x = torch.randn(64, 32, requires_grad=True)
+    nbytes = x.numel() * 4
+    with LiveStorages() as live:
+        live.mark("forward")
+        y = (x * 1.0).exp()  # exp saves its result, the product is freed
+        view = y.view(-1)[5:]
+        live.mark("held")
+        del y
+        live.mark("view")
+        view.sum().backward()
+        del view
+        live.mark("end")
+    assert live.at == {"forward": 0, "held": nbytes, "view": nbytes, "end": nbytes}  # x.grad
+    assert live.peaks["forward"] == 2 * nbytes and live.peak >= 2 * nbytes
 
 
 def test_storage_bytes_takes_views_once():

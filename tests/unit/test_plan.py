@@ -193,13 +193,13 @@ def test_a_laid_out_teacher_of_its_own():
         parse_layout("tensr=8")
 
 
-def test_a_second_law_costs_a_second_pair_of_logits():
+def test_a_second_law_costs_a_second_pair_of_logits_in_fp32():
     config = load_config(recipe("h100/llama_70b_to_8b_8gpu"))
     law = dataclasses.replace(config.objective, temperature=2.0, sft_coef=0.5)
     assert isinstance(law, ObjectiveConfig)
     two = job_of(dataclasses.replace(config, objective=law), 8)
     one = job_of(config, 8)
-    assert head.head_bytes(two).logits == 2 * head.head_bytes(one).logits
+    assert head.head_bytes(two).logits == 2 * 2 * head.head_bytes(one).logits
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -220,8 +220,8 @@ def test_the_command_prints_tables_and_suggestions(capsys):
         assert text in out
     bad = ["plan", "--config", path, "--gpus", "8", "--gpu", "k80"]
     assert cli.main(bad) == 2 and "one of a100" in capsys.readouterr().err
-    uneven = ["plan", "--config", path, "--gpus", "12"]
-    assert cli.main(uneven) == 2 and "12 ranks do not divide" in capsys.readouterr().err
+    uneven = ["plan", "--config", path, "--gpus", "10"]
+    assert cli.main(uneven) == 2 and "10 ranks do not divide" in capsys.readouterr().err
 
 
 def test_planning_needs_no_torch():
