@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: makes or reuses .venv from the pinned files of this directory.
 # The environment is rebuilt only where those files changed. PYTHON chooses the interpreter.
 #
@@ -48,6 +49,15 @@ add_sglang() {
     .venv/bin/pip install "${pip_options[@]}" -r launch/requirements-sglang-cpu.txt
     .venv/bin/pip install "${pip_options[@]}" --no-deps -r launch/requirements-sglang-cpu-no-deps.txt
   fi
+  touch "$mark"
+}
+
+# The linters of launch/, which only the tests want.
+add_linters() {
+  local mark
+  mark="$stamp-lint-$(sha256sum < launch/requirements-lint.txt | cut -c1-16)"
+  [ ! -f "$mark" ] || return 0
+  .venv/bin/pip install "${pip_options[@]}" -r launch/requirements-lint.txt
   touch "$mark"
 }
 if [ "${want:-}" = sglang ]; then add_sglang; fi

@@ -13,6 +13,7 @@
 [ $# -gt 0 ] || { sed -n '2,12p' "$0"; exit 2; }
 if [ -z "${SKIP_ENV:-}" ]; then
   want=sglang
+  # shellcheck source=env.sh
   source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 fi
 exec python -m megaopd.rollout.serve "$@"

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Lint, types and tests: bash launch/test.sh [--full] [pytest arguments]. --full adds the slow ones.
+# shellcheck source=env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+add_linters
 [ "$kind" = gpu ] || add_sglang  # its tests run on CPU servers
 
 select=(-m "not slow")

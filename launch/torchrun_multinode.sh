@@ -12,15 +12,16 @@
 # SIGTERM or SIGUSR1: finish the step, save, exit with 75 (start again to go on). Exit code 2: wrong
 # input, not restarted. Anything else but 0: a failure.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -gt 0 ] || { sed -n '2,14p' "$0"; exit 2; }
-[ -d .venv ] && PATH="$PWD/.venv/bin:$PATH"
+venv="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv"
+if [ -d "$venv" ]; then PATH="$venv/bin:$PATH"; fi
 
 gpus=$(nvidia-smi -L 2>/dev/null | wc -l || true)
 ranks="${GPUS:-$(( gpus > 0 ? gpus : 1 ))}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( gpus > 0 ? 8 : 1 ))}"
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"  # Megatron orders its streams by it
 export NCCL_NVLS_ENABLE="${NCCL_NVLS_ENABLE:-0}"                 # saves memory beside an engine
+export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 export TORCH_NCCL_AVOID_RECORD_STREAMS=1 TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 if [ -n "${IFNAME:-}" ]; then export NCCL_SOCKET_IFNAME="$IFNAME" GLOO_SOCKET_IFNAME="$IFNAME"; fi

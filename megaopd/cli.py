@@ -1,6 +1,7 @@
-"""megaopd train | eval | convert | report | doctor | quickstart: parse, build, run; no logic."""
+"""megaopd train | eval | plan | convert | report | doctor | quickstart: parse, build, run."""
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -79,6 +80,21 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="section.key=value")
         command.set_defaults(command=function)
 
+    plan = commands.add_parser("plan", help="memory, traffic and time of a run, and its layout")
+    plan.add_argument("--config", type=Path, help="a TOML file; see megaopd/recipes/")
+    plan.add_argument("--gpus", type=int, required=True, help="ranks of the run")
+    plan.add_argument("--gpu", default="h100", help="a100, h100, h200 or b200")
+    plan.add_argument(
+        "--teacher-layout",
+        default="",
+        metavar="tensor=8,...",
+        help="the teacher's own layout on the same ranks; default: the student's",
+    )
+    plan.add_argument("--no-suggest", dest="suggest", action="store_false", help="only this layout")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    plan.add_argument("overrides", nargs="*", metavar="section.key=value")
+    plan.set_defaults(command=_plan)
+
     convert = commands.add_parser("convert", help="Hugging Face <-> Megatron checkpoints")
     ways = convert.add_subparsers(required=True, metavar="DIRECTION")
     for way, source in (("hf-to-megatron", "--hf"), ("megatron-to-hf", "--megatron")):
@@ -87,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--out", type=Path, required=True, metavar="DIR")
         one.add_argument("--tp", type=int, default=1, help="tensor parallel ranks to work with")
         one.add_argument("--pp", type=int, default=1, help="pipeline parallel ranks to work with")
+        one.add_argument("--ep", type=int, default=1, help="expert parallel ranks to work with")
         one.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the source's")
         one.set_defaults(command=_convert, way=way)
 
@@ -141,6 +158,8 @@ def _in_ranks(arguments: argparse.Namespace, config: Any, here: Any) -> int:
         check_restarts()
         stop.listen()
         return here()
+    if arguments.restarts < 0:
+        raise UserError(f"--restarts {arguments.restarts}", expected="0 or more")
     own, teachers = config.parallel.model_parallel, config.teacher_parallel.ranks
     ranks = arguments.ranks or config.ranks
     if ranks <= teachers or (ranks - teachers) % own:
@@ -153,6 +172,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     from megaopd.launch import run_ranks, under_torchrun
     from megaopd.models.arch import architecture, check_layout, read_hf_config
     from megaopd.models.config import ModelConfig
+    from megaopd.models.layout import check_expert_use
     from megaopd.models.sharded import read_manifest
     from megaopd.models.weights import check_new_dir, hf_dtype
     from megaopd.parallel import ParallelConfig, make_grid
@@ -162,12 +182,16 @@ def _convert(arguments: argparse.Namespace) -> int:
     dtype: Any = arguments.dtype or (
         hf_dtype(model.hf_dir) if to_megatron else read_manifest(arguments.source)["dtype"]
     )
-    layout = ParallelConfig(tensor=arguments.tp, pipeline=arguments.pp)
+    layout = ParallelConfig(
+        tensor=arguments.tp, pipeline=arguments.pp, expert=arguments.ep, sequence=arguments.tp > 1
+    )
     arch = architecture(read_hf_config(model.hf_dir), where=str(model.hf_dir))
     check_layout(arch, layout, who=str(arguments.source))
+    check_expert_use([arch], layout)
     if not under_torchrun():
         check_new_dir(arguments.out)
-        return run_ranks(arguments.argv, layout.model_parallel)
+        stage = math.lcm(layout.tensor, layout.expert)
+        return run_ranks(arguments.argv, layout.pipeline * stage)
     from megaopd.models import convert
 
     model = ModelConfig(path=str(arguments.source), dtype=dtype)
@@ -177,6 +201,20 @@ def _convert(arguments: argparse.Namespace) -> int:
     if grid.rank == 0:
         print(f"wrote {arguments.out}")
     return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from megaopd.plan.command import plan
+
+    return plan(
+        arguments.config,
+        arguments.overrides,
+        gpus=arguments.gpus,
+        gpu=arguments.gpu,
+        teacher_layout=arguments.teacher_layout,
+        suggest=arguments.suggest,
+        as_json=arguments.json,
+    )
 
 
 def _report(arguments: argparse.Namespace) -> int:

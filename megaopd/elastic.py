@@ -9,7 +9,9 @@ is not started again, whatever --max-restarts says, and its exit code is that of
 
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -122,12 +124,40 @@ def _children() -> list[int]:
     return [child.pid for child in psutil.Process().children()]
 
 
+def wait_for(host: str, port: int, seconds: float) -> bool:
+    """Whether something listens there within that time; torch would give up after a minute, or at
+    once where the name does not resolve yet."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return True
+        except OSError:
+            time.sleep(1)
+    return False
+
+
+def _is_here(host: str) -> bool:
+    """Whether this node is the head, whose agent makes the store; as torch decides it."""
+    from torch.distributed.elastic.rendezvous import utils
+
+    return utils._matches_machine_hostname(host)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """torchrun's command line; the exit code of this node."""
     from torch.distributed import run
 
+    # Ranks that share the agents' store are given its address in the first round only: a node that
+    # takes the place of a lost one would wait for it in vain. A store of their own each round.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     parsed = run.parse_args(list(sys.argv[1:] if argv is None else argv))
     config, command, arguments = run.config_from_args(parsed)
+    host, _, port = config.rdzv_endpoint.rpartition(":")
+    seconds = float(config.rdzv_configs.get("join_timeout", 600))
+    if host and not _is_here(host) and not wait_for(host, int(port), seconds):
+        _say(f"no agent answers at {host}:{port} after {seconds:.0f} s: is the head node there?")
+        return EXIT_INTERNAL
     return supervise(config, str(command), [str(word) for word in arguments])
 
 

@@ -28,7 +28,7 @@ class ParallelConfig:
     pipeline: int = 1  # pipeline parallel size: layers are split
     virtual: int = 1  # interleaved pipeline: model chunks of every stage
     context: int = 1  # context parallel size: every sequence is split
-    expert: int = 1  # expert parallel size: experts are split over data and context parallel ranks
+    expert: int = 1  # expert parallel size: experts are split over the ranks of a pipeline stage
     sequence: bool = False  # sequence parallel: norms and residuals are split over the tensor ranks
     # Each rank's part of a sequence is padded to a multiple of this: FP8 on a GPU needs 16,
     # blockwise 128, mxfp8 32.
@@ -180,11 +180,11 @@ def make_grid(config: ParallelConfig, *, seed: int = 1234) -> Grid:
             expected=f"a multiple of {config.model_parallel} ranks",
             fix=f"start {config.model_parallel} (or a multiple) ranks, or change [parallel]",
         )
-    if (world // (config.tensor * config.pipeline)) % config.expert:
+    if (world // config.pipeline) % config.expert:
         raise UserError(
             f"world size {world} with expert={config.expert}",
-            expected="experts are split over the ranks of one tensor and pipeline position",
-            fix=f"use an expert size that divides {world // (config.tensor * config.pipeline)}",
+            expected="experts are split over the ranks of one pipeline stage",
+            fix=f"use an expert size that divides {world // config.pipeline}",
         )
     if mpu.model_parallel_is_initialized():
         mpu.destroy_model_parallel()
@@ -194,6 +194,8 @@ def make_grid(config: ParallelConfig, *, seed: int = 1234) -> Grid:
         config.virtual if config.virtual > 1 else None,
         context_parallel_size=config.context,
         expert_model_parallel_size=config.expert,
+        # No tensor rank splits an expert: each of them holds whole ones.
+        expert_tensor_parallel_size=1,
         create_gloo_process_groups=platform.has_gpu(),
         distributed_timeout_minutes=config.timeout_minutes,
     )

@@ -27,6 +27,7 @@ from megaopd.inputs import (
     student_tokenizer,
 )
 from megaopd.models.arch import architecture, check_layout, padded_vocab, read_hf_config
+from megaopd.models.layout import check_expert_use
 from megaopd.objectives.alarms import new_alarms
 from megaopd.parallel import Grid, make_grid
 from megaopd.report.metrics import MetricLogger, read_metrics
@@ -71,6 +72,8 @@ def build_parts(config: Config, *, training: bool = True, bridge: Bridge | None 
     check_layout(arch, config.parallel, who="student")
     tokenizer = student_tokenizer(config)
     frozen = frozen_teachers(config, tokenizer)
+    archs = [arch, *(a for _, a in frozen.values())]
+    check_expert_use(archs, config.parallel)
     prompts = PromptStream(config.data, tokenizer)
     if config.teacher.kind == "previous_epoch" and not prompts.size:
         raise UserError(
@@ -79,7 +82,6 @@ def build_parts(config: Config, *, training: bool = True, bridge: Bridge | None 
             fix="set data.num_prompts, or teacher.kind=periodic",
         )
     grid = make_grid(config.parallel, seed=config.run.seed + 1234)
-    archs = [arch, *(a for _, a in frozen.values())]
     vocab = min(a.vocab for a in archs)
     rows = max(padded_vocab(a.vocab, grid.tp_size, config.student.vocab_multiple) for a in archs)
     student = Student(

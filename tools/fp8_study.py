@@ -165,7 +165,7 @@ class Study:
         config = ModelConfig(path=str(self.work / name), **settings)
         made = Teacher(config, self.arch, self.grid, vocab_rows=self.rows)
         if config.fp8 == "delayed":
-            with calibrating(made.model):
+            with calibrating(made.chunks[0]):
                 made.hidden_states(self.batches(warm=True))
         return made
 

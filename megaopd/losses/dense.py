@@ -109,7 +109,7 @@ def _apply(
     engine = make_engine(
         [term],
         Shard.of(student.shape[-1], group, vocab_size),
-        softcap=None,
+        softcaps=(None, None, None),
         chunk_size=chunk_size,
         stats=stats,
         stats_k=stats_k,

@@ -32,7 +32,7 @@ class Engine:
     terms: tuple[Term, ...]
     plans: tuple[Plan, ...]
     shard: Shard
-    softcap: float | None
+    softcaps: tuple[float | None, float | None, float | None]  # of student, teacher and base
     chunk_size: int
 
     @property
@@ -64,12 +64,12 @@ class Engine:
         s, t, base [C, Vp]: raw logits, overwritten; D lies in one of them. weights [n, C].
         """
         slope = None
-        for x in (s, t, base):
-            if self.softcap is not None and x is not None and not self.inline:
-                x.div_(self.softcap).tanh_()
+        for x, softcap in zip((s, t, base), self.softcaps, strict=True):
+            if softcap is not None and x is not None and not self.inline:
+                x.div_(softcap).tanh_()
                 if x is s and want_grad:
                     slope = 1 - x * x
-                x.mul_(self.softcap)
+                x.mul_(softcap)
         values = weights.new_zeros(len(self.terms), s.shape[0])
         stats: dict[str, Tensor] = {}
         total, scale = None, None
@@ -99,7 +99,7 @@ def make_engine(
     terms: Sequence[Term],
     shard: Shard,
     *,
-    softcap: float | None,
+    softcaps: tuple[float | None, float | None, float | None],
     chunk_size: int | None,
     stats: bool,
     stats_k: int | None,
@@ -112,11 +112,13 @@ def make_engine(
 ) -> Engine:
     """Checks what users set, and chooses the chunk.
 
-    has_teacher: its logits are given; known: what a teacher elsewhere gave instead (remote.py).
+    softcaps: of student, teacher and base; has_teacher: its logits are given; known: what a teacher
+    elsewhere gave instead (remote.py).
     """
     if not terms:
         raise UserError("no terms", expected="at least one", fix="pass a Divergence")
-    check_positive("softcap", softcap)
+    for softcap in softcaps:
+        check_positive("softcap", softcap)
     if chunk_size is not None and chunk_size < 1:
         raise UserError(f"chunk_size={chunk_size}", expected="at least 1", fix="leave it out")
     vocab = vocab_size if vocab_size is not None else shard.width * group_size(shard.group)
@@ -136,9 +138,11 @@ def make_engine(
         vocab=vocab,
         known=known,
     )
-    plans = [replace(p, softcap=softcap, inline=_inline(plans, like)) for p in plans]
+    # Kernels that scale what they read know one soft-cap.
+    inline = _inline(plans, like) and (softcaps[0] == softcaps[1] or not has_teacher)
+    plans = [replace(p, softcap=softcaps[0], inline=inline) for p in plans]
     chunk = chunk_size or default_chunk(shard, like.device)
-    engine = Engine(tuple(terms), tuple(plans), shard, softcap, chunk)
+    engine = Engine(tuple(terms), tuple(plans), shard, softcaps, chunk)
     if engine.needs_base != has_base:
         raise UserError(
             "base logits" if has_base else "no base logits",

@@ -27,6 +27,7 @@ n terms.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -67,11 +68,12 @@ class Objective:
 @dataclass(frozen=True)
 class OutputLayer:
     """A frozen model at the output layer: hidden [T, Ht] (T/R rows with sequence parallel), weight
-    [Vp, Ht] on the student's vocabulary partition, bias [Vp] or None."""
+    [Vp, Ht] on the student's vocabulary partition, bias [Vp] or None; its logits' soft-cap."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
+    softcap: float | Literal["student's"] | None = "student's"
 
 
 def fused_linear_objectives(
@@ -100,7 +102,8 @@ def fused_linear_objectives(
     scalars too; each other law costs a copy of the chunk's logits. teacher: a model, or log-probs
     of a few tokens from elsewhere (remote.py). labels [T]: sampled or supervised tokens; inputs:
     what sampled terms take besides (old_log_prob, advantage, ...), [T] each. With sequence_parallel
-    all of these still have T rows, hidden states T/R. softcap c: both models' z is c tanh(z/c).
+    all of these still have T rows, hidden states T/R. softcap c: the student's z is c tanh(z/c),
+    and so are the other models' unless they have a soft-cap of their own.
 
     Gradients: hidden (summed over `group`; with sequence_parallel its own rows), weight, bias.
     Collectives per chunk: chunk.py's; for the hidden gradient an all-reduce of [C, H] (sequence
@@ -114,7 +117,7 @@ def fused_linear_objectives(
     engine = make_engine(
         [objectives[n].term for n in names],
         Shard.of(weight_VpH.shape[0], group, vocab_size),
-        softcap=softcap,
+        softcaps=(softcap, _softcap(teacher, softcap), _softcap(base, softcap)),
         chunk_size=chunk_size,
         stats=return_stats,
         stats_k=stats_k,
@@ -318,6 +321,11 @@ def _frozen(layer: OutputLayer | ListedTeacher | None) -> Law | None:
         return None
     bias = None if layer.bias is None else layer.bias.detach()
     return Law(layer.hidden.detach(), layer.weight.detach(), bias)
+
+
+def _softcap(layer: OutputLayer | ListedTeacher | None, students: float | None) -> float | None:
+    own = layer.softcap if isinstance(layer, OutputLayer) else "student's"
+    return students if isinstance(own, str) else own
 
 
 def _check_partition(name: str, weight: Tensor, student: Tensor) -> None:

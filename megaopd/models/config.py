@@ -30,6 +30,9 @@ class ModelConfig:
     fp8_amax: Literal["max", "most_recent"] = "max"  # delayed: which of them makes the scale
     fp8_margin: int = 0  # delayed: scales are 2^margin smaller than they could be
     fp8_params: bool = False  # hold the matrices in FP8 too and gather them so; GPU only
+    # Weight of the load-balancing loss of a mixture of experts, as a mean over the micro-batches of
+    # the step; 0: the distillation loss alone decides.
+    moe_aux_loss_coef: float = 0.0
 
     def __post_init__(self) -> None:
         self._check_fp8()

@@ -78,7 +78,12 @@ def hf_to_megatron(config: ModelConfig, out: Path, grid: Grid) -> None:
     with progress("loading (MB)", _megabytes(model), enabled=grid.rank == 0) as advance:
         load_hf_weights(model, config.path, arch, grid, progress=_in_megabytes(advance))
     info = {"step": 0, "family": arch.family, "dtype": config.dtype}
-    layout = {"tensor": grid.tp_size, "pipeline": grid.pp_size, "data": grid.dp_size}
+    layout = {
+        "tensor": grid.tp_size,
+        "pipeline": grid.pp_size,
+        "expert": grid.ep_size,
+        "data": grid.dp_size,
+    }
     save_sharded(
         {"model": model.sharded_state_dict()},
         out,

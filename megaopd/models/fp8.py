@@ -240,8 +240,8 @@ def _drop_foreign_scales(module: Any, state: dict[str, Any], prefix: str, *_: An
         state[key] = value if isinstance(value, dict if emulated else torch.Tensor) else None
 
 
-def known_scales(state: dict[str, Any], directory: Any) -> dict[str, Any]:
-    """A sharded state dict without the scales that the checkpoint in `directory` does not hold.
+def known_scales(chunks: dict[str, dict[str, Any]], directory: Any) -> dict[str, Any]:
+    """Sharded state dicts without the scales that the checkpoint in `directory` does not hold.
 
     dist_checkpointing refuses to load what is not there; what is left out begins anew.
     """
@@ -254,7 +254,10 @@ def known_scales(state: dict[str, Any], directory: Any) -> dict[str, Any]:
         scales = isinstance(value, ShardedObject) and value.key.endswith(EXTRA)
         return not scales or value.key in held
 
-    return {key: value for key, value in state.items() if keep(value)}
+    return {
+        name: {key: value for key, value in state.items() if keep(value)}
+        for name, state in chunks.items()
+    }
 
 
 def remember_precise(built: Any, state: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megaopd.errors import UserError
 from megaopd.models.config import LoraConfig
+from megaopd.models.fp8 import EXTRA
 
 SUFFIX = "_lora"
 MODULES = {"qkv": "linear_qkv", "proj": "linear_proj", "fc1": "linear_fc1", "fc2": "linear_fc2"}
@@ -247,11 +248,18 @@ def is_adapter(name: str) -> bool:
 
 
 def own_state(model: Any) -> dict[str, Any]:
-    """The sharded state dict of what is trained: the adapters alone, or all of it without LoRA."""
+    """The sharded state dict of what a step changes: all of it, or with LoRA the adapters alone.
+
+    FP8 layers have scales that training makes; a frozen layer keeps its own as well.
+    """
     state = model.sharded_state_dict()
     if not adapters(model):
         return state
-    return {name: value for name, value in state.items() if is_adapter(name)}
+
+    def kept(name: str, value: Any) -> bool:
+        return is_adapter(name) or (name.endswith(EXTRA) and value.data is not None)
+
+    return {name: value for name, value in state.items() if kept(name, value)}
 
 
 def load_own_state(model: Any, state: dict[str, Any]) -> None:

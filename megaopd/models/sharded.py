@@ -84,8 +84,8 @@ def load_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
 
     from megaopd.models.fp8 import known_scales
 
-    if "model" in state:
-        state = {**state, "model": known_scales(state["model"], directory)}
+    chunks = {name: part for name, part in state.items() if name.startswith("model")}
+    state = {**state, **known_scales(chunks, directory)}
     loaded = dist_checkpointing.load(state, str(directory))
     assert isinstance(loaded, dict)
     return loaded

@@ -12,7 +12,8 @@ from typing import Any
 from megaopd.models.arch import Architecture
 from megaopd.models.fp8 import plain
 from megaopd.models.lora import merged
-from megaopd.models.names import Entry, Replicated, Rule, Split, entries
+from megaopd.models.names import entries
+from megaopd.models.rules import Rule
 from megaopd.parallel import Grid
 
 
@@ -21,13 +22,14 @@ class WeightStream:
 
     A collective: every rank iterates it. Two forms:
 
-    - every rank gets every tensor: each shard is all-gathered over its tensor group and the full
-      tensor broadcast over its pipeline group. Memory: one full tensor on every rank.
+    - every rank gets every tensor: each shard is all-gathered over its tensor group, or an expert
+      broadcast over its expert group, and the full tensor broadcast over its pipeline group.
+      Memory: the shards of one parameter and the tensors made of them on every rank.
     - `only_rank_0`: rank 0 gets every tensor and the others nothing. The shards of a stage are
-      gathered on its first tensor rank, which sends them on as they are to rank 0, where they
-      become full tensors. Memory: the shards of one parameter and the tensors made of them on
-      rank 0, the shards of one parameter on the first tensor rank of each stage, nothing
-      elsewhere. Data-parallel replicas have no part in it.
+      gathered on its first rank, which sends them on as they are to rank 0, where they become full
+      tensors. Memory: the shards of one parameter and the tensors made of them on rank 0, the
+      shards of one parameter on the first rank of each stage, nothing elsewhere. Of the
+      data-parallel replicas only one, and of those of an expert only one, has a part in it.
 
     Args:
         model: this rank's stage, or the list of its chunks.
@@ -45,35 +47,38 @@ class WeightStream:
         only_rank_0: bool = False,
         dtype: Any = None,
     ) -> None:
-        import torch.distributed as dist
 
         self.arch, self.grid, self.only_rank_0, self.dtype = arch, grid, only_rank_0, dtype
         assert dtype is None or only_rank_0
         chunks = model if isinstance(model, list) else [model]
         self.own = [entry for chunk in chunks for entry in entries(chunk, arch)]
+        mine = [self._describe(index) for index in range(len(self.own))]
+        held = _gather_objects(mine, grid.groups.ep, grid.ep_size)
+        # An expert's parameter stands for as many as there are ranks that hold different ones.
         stage = [
-            Described(
-                tuple(e.hf_names),
-                tuple(tuple(t.shape) for t in self._full(e)),
-                tuple(e.parameter.shape),
-                self.dtype or e.parameter.dtype,
-                _portable(e.rule),
-            )
-            for e in self.own
+            replace(others[index], owner=owner)
+            for index, entry in enumerate(self.own)
+            for owner, others in enumerate(held if entry.expert else held[:1])
         ]
-        stages: list[Any] = [None] * grid.pp_size
-        if grid.pp_size > 1:
-            dist.all_gather_object(stages, stage, group=grid.groups.pp)
-        else:
-            stages = [stage]
-        self.stages: list[list[Described]] = stages
+        self.stages: list[list[Described]] = _gather_objects(stage, grid.groups.pp, grid.pp_size)
         self.count = sum(len(entry.names) for stage in self.stages for entry in stage)
 
-    def _full(self, entry: Entry) -> list[Any]:
+    def _describe(self, index: int) -> "Described":
         import torch
 
+        entry = self.own[index]
         meta = torch.empty(entry.parameter.shape, device="meta", dtype=entry.parameter.dtype)
-        return entry.rule.merge([meta] * self.grid.tp_size, self.arch)
+        parts = self.grid.tp_size if entry.rule.split else 1
+        return Described(
+            index,
+            tuple(entry.hf_names),
+            tuple(tuple(t.shape) for t in entry.rule.merge([meta] * parts)),
+            parts,
+            tuple(entry.parameter.shape),
+            self.dtype or entry.parameter.dtype,
+            entry.rule,
+            entry.expert,
+        )
 
     def described(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(Hugging Face name, shape) of all that is to come, in order; nothing is sent for it."""
@@ -92,47 +97,54 @@ class WeightStream:
 
         ranks = self.grid.stage_ranks
         for stage, described in enumerate(self.stages):
-            for index, entry in enumerate(described):
+            for entry in described:
                 if stage == self.grid.pp_rank:
-                    tensors = self._gather(self.own[index])
+                    tensors = entry.rule.merge(self._gather(entry))
                 else:
                     tensors = [
                         torch.empty(shape, dtype=entry.dtype, device=platform.device())
                         for shape in entry.shapes
                     ]
-                for name, tensor in zip(entry.names, tensors, strict=True):
+                for name in entry.names:
+                    # Let go of before the next one is made.
+                    tensor = tensors.pop(0)
                     if self.grid.pp_size > 1:
                         tensor = tensor.contiguous()
                         dist.broadcast(tensor, src=ranks[stage], group=self.grid.groups.pp)
                     yield name, tensor
+                    del tensor
 
-    def _gather(self, entry: Entry) -> list[Any]:
+    def _gather(self, entry: "Described") -> list[Any]:
+        """The shards of a parameter of this stage, on every rank of it."""
         import torch
         import torch.distributed as dist
 
-        shard = values_of(entry.parameter)
-        if self.grid.tp_size == 1 or isinstance(entry.rule, Replicated):
-            return entry.rule.merge([shard] * self.grid.tp_size, self.arch)
-        shards = [torch.empty_like(shard) for _ in range(self.grid.tp_size)]
+        shard = values_of(self.own[entry.index].parameter)
+        if entry.expert and self.grid.ep_size > 1:
+            mine = entry.owner == self.grid.ep_rank
+            shard = shard.contiguous() if mine else torch.empty_like(shard)
+            group = self.grid.groups.ep
+            dist.broadcast(shard, dist.get_process_group_ranks(group)[entry.owner], group=group)
+        if entry.parts == 1:
+            return [shard]
+        shards = [torch.empty_like(shard) for _ in range(entry.parts)]
         dist.all_gather(shards, shard.contiguous(), group=self.grid.groups.tp)
-        return entry.rule.merge(shards, self.arch)
+        return shards
 
     def _to_rank_0(self) -> Iterator[tuple[str, Any]]:
-        if self.grid.dp_rank or self.grid.cp_rank:
-            return
         for stage, described in enumerate(self.stages):
-            for index, entry in enumerate(described):
-                shards = self._shards_on_rank_0(stage, index, entry)
+            for entry in described:
+                shards = self._shards_on_rank_0(stage, entry)
                 if shards is None:
                     continue
-                tensors = entry.rule.merge(shards, self.arch)
+                tensors = entry.rule.merge(shards)
                 del shards
                 for name in entry.names:
                     # Handed over, not kept: the caller alone decides how long it lives.
                     yield name, tensors.pop(0)
 
-    def _shards_on_rank_0(self, stage: int, index: int, entry: "Described") -> list[Any] | None:
-        """One parameter's shards by tensor rank, on rank 0; None on the others, which send theirs.
+    def _shards_on_rank_0(self, stage: int, entry: "Described") -> list[Any] | None:
+        """One parameter's shards, on rank 0; None on the others, which send theirs.
 
         They are the parameter itself where nothing had to be gathered, sent or cast.
         """
@@ -142,49 +154,58 @@ class WeightStream:
         from megaopd import platform
 
         grid = self.grid
-        split = grid.tp_size > 1 and not isinstance(entry.rule, Replicated)
-        shards = self._gather_on_first(index, entry, split) if grid.pp_rank == stage else None
-        if stage and grid.tp_rank == 0:
-            ranks = grid.stage_ranks
+        shards = self._gather_on_first(entry) if grid.pp_rank == stage else None
+        # Rank 0 and the first ranks of the other stages make up its pipeline group.
+        ranks = grid.stage_ranks
+        if stage and ranks[0] == 0:
             if grid.pp_rank == stage:
                 assert shards is not None
-                dist.send(shards, dst=ranks[0], group=grid.groups.pp)
+                dist.send(shards, dst=0, group=grid.groups.pp)
             elif grid.pp_rank == 0:
-                shape = (grid.tp_size if split else 1, *entry.shard)
+                shape = (entry.parts, *entry.shard)
                 shards = torch.empty(shape, dtype=entry.dtype, device=platform.device())
                 dist.recv(shards, src=ranks[stage], group=grid.groups.pp)
         if grid.rank:
             return None
         assert shards is not None
-        return list(shards.expand(grid.tp_size, *entry.shard).unbind(0))
+        return list(shards.unbind(0))
 
-    def _gather_on_first(self, index: int, entry: "Described", split: bool) -> Any:
-        """[TP or 1, ...] on this stage's first tensor rank, None on its others."""
+    def _gather_on_first(self, entry: "Described") -> Any:
+        """[parts, ...] on the first rank of this stage, None on its others."""
         import torch
         import torch.distributed as dist
 
-        first = self.grid.tp_rank == 0
-        if not split and not first:
-            return None
-        own = values_of(self.own[index].parameter).to(entry.dtype).contiguous()
-        if not split:
-            return own[None]
-        # Not dist.gather: over gloo it takes room for all shards once more.
-        group = self.grid.groups.tp
+        # Over the expert group of the stage's first rank, or over its tensor group.
+        expert = entry.expert and self.grid.ep_size > 1
+        group = self.grid.groups.ep if expert else self.grid.groups.tp
         ranks = dist.get_process_group_ranks(group)
-        shards = None
-        if first:
-            shape = (self.grid.tp_size, *entry.shard)
-            shards = torch.empty(shape, dtype=own.dtype, device=own.device)
+        stage_first = self.grid.pp_rank * (self.grid.world_size // self.grid.pp_size)
+        if ranks[0] != stage_first:
+            return None
+        first = self.grid.rank == stage_first
+        holders = [ranks[entry.owner]] if expert else ranks[: entry.parts]
+        own = None
+        if self.grid.rank in holders:
+            own = values_of(self.own[entry.index].parameter).to(entry.dtype).contiguous()
+            if holders == [stage_first]:
+                return own[None]
+        if not first:
+            # Not dist.gather: over gloo it takes room for all shards once more.
+            calls = [] if own is None else [dist.P2POp(dist.isend, own, stage_first, group)]
+            _wait(calls)
+            return None
+        like = self.own[entry.index].parameter
+        shards = torch.empty((entry.parts, *entry.shard), dtype=entry.dtype, device=like.device)
+        if own is not None:
             shards[0] = own
-            calls = [
+        senders = [rank for rank in holders if rank != stage_first]
+        received = shards[len(holders) - len(senders) :]
+        _wait(
+            [
                 dist.P2POp(dist.irecv, shard, rank, group)
-                for shard, rank in zip(shards[1:], ranks[1:], strict=True)
+                for shard, rank in zip(received, senders, strict=True)
             ]
-        else:
-            calls = [dist.P2POp(dist.isend, own, ranks[0], group)]
-        for call in dist.batch_isend_irecv(calls):
-            call.wait()
+        )
         return shards
 
 
@@ -193,24 +214,35 @@ def values_of(parameter: Any) -> Any:
     return merged(parameter) if hasattr(parameter, "adapter") else plain(parameter)
 
 
+def _wait(calls: list[Any]) -> None:
+    import torch.distributed as dist
+
+    for call in dist.batch_isend_irecv(calls) if calls else ():
+        call.wait()
+
+
+def _gather_objects(mine: Any, group: Any, size: int) -> list[Any]:
+    import torch.distributed as dist
+
+    gathered: list[Any] = [mine] * size
+    if size > 1:
+        dist.all_gather_object(gathered, mine, group=group)
+    return gathered
+
+
 @dataclass(frozen=True)
 class Described:
     """What a stream says about one parameter before it sends it."""
 
+    index: int  # among the stage's own
     names: tuple[str, ...]  # of the Hugging Face tensors
     shapes: tuple[tuple[int, ...], ...]  # of them
-    shard: tuple[int, ...]  # shape of one tensor rank's part
+    parts: int  # tensor ranks over which it is split
+    shard: tuple[int, ...]  # shape of one of them
     dtype: Any
     rule: Rule
-
-
-def _portable(rule: Rule) -> Rule:
-    """The rule as it can be sent to another rank, where it merges and does not load."""
-    return replace(rule, size=_unknown) if isinstance(rule, Split) else rule
-
-
-def _unknown(arch: Architecture) -> int:
-    raise AssertionError("a rule that came from another rank does not load")
+    expert: bool
+    owner: int = 0  # the rank of the expert group that holds it; any, if it is not an expert's
 
 
 def exhaust(stream: Iterable[Any]) -> None:

@@ -14,6 +14,7 @@ from megaopd.errors import UserError
 from megaopd.models.arch import Architecture
 from megaopd.models.fp8 import remember_value
 from megaopd.models.names import Entry, entries, expected_names
+from megaopd.models.rules import VocabRows
 from megaopd.models.stream import WeightStream as WeightStream
 from megaopd.models.stream import exhaust
 from megaopd.parallel import Grid
@@ -126,13 +127,13 @@ def load_hf_weights(
     chunks = model if isinstance(model, list) else [model]
     todo = [entry for chunk in chunks for entry in entries(chunk, arch)]
     if arch.tied and grid.is_last_stage and not grid.is_first_stage:
-        from megaopd.models.names import VocabRows
-
         weight = chunks[-1].output_layer.weight
-        todo.append(Entry(weight, ["model.embed_tokens.weight"], VocabRows(weight.shape[0])))
+        rule = VocabRows(weight.shape[0], arch.vocab)
+        todo.append(Entry(weight, ["model.embed_tokens.weight"], rule))
     with torch.no_grad():
         for entry in todo:
-            shard = entry.rule.load(reader.read, entry.hf_names, arch, grid.tp_size, grid.tp_rank)
+            place = (grid.tp_size, grid.tp_rank) if entry.rule.split else (1, 0)
+            shard = entry.rule.load(reader.read, entry.hf_names, *place)
             if shard.shape != entry.parameter.shape:
                 raise UserError(
                     f"{hf_dir}: {entry.hf_names} give a shard of shape {tuple(shard.shape)}",

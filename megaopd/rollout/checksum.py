@@ -3,15 +3,18 @@
 A server holds parameters that are fused (q, k and v; gate and up), cut over its tensor ranks and
 padded (vocabulary), and hashes each of them. The same is done here to the Hugging Face tensors as
 they pass, so that every bit that a server holds is compared, and no copy of the model is kept.
-Covers the dense families of models/build.py, unquantised.
+Covers the families of FAMILIES, unquantised and without biases behind attention and MLP; others are
+refused.
 """
 
 import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
+from megaopd.errors import UserError
 from megaopd.models.arch import Architecture
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # whose parameters a server fuses as below
 VOCAB_MULTIPLE = 64  # SGLang pads the vocabulary to a multiple of this
 # part of a name -> (the fused parameter's part, place in it)
 FUSED = {
@@ -37,6 +40,13 @@ class Checksums:
     _parts: dict[str, dict[int, list[list[Any]]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        arch = self.arch
+        if arch.family not in FAMILIES or arch.out_bias or arch.mlp_bias:
+            raise UserError(
+                f"a sync of {arch.family} weights that is to be verified by checksum",
+                expected="one of " + ", ".join(FAMILIES) + ", without output or MLP biases",
+                fix="set rollout.verify=probe",
+            )
         self.expected = [{} for _ in range(self.tensor)]
 
     def add(self, name: str, tensor: Any) -> None:

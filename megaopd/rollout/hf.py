@@ -18,7 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor, Logi
 
 from megaopd.data.types import Sample, Span
 from megaopd.errors import UserError
+from megaopd.models.arch import architecture, read_hf_config
 from megaopd.rollout.base import NeedsWeights, Probe, Request, SamplingParams, check_requests
+from megaopd.rollout.hf_names import by_file_name
 
 
 class EmbeddedEngine:
@@ -44,17 +46,16 @@ class EmbeddedEngine:
         batch_size: int = 256,
     ) -> None:
         config = AutoConfig.from_pretrained(hf_dir, local_files_only=True)
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        # The others ignore a soft-cap of the attention scores.
+        capped = getattr(config, "attn_logit_softcapping", None) is not None
+        options = {"attn_implementation": "eager"} if capped else {}
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
         self.model = model.to(device).eval().requires_grad_(False)
         self.model.generation_config.pad_token_id = pad_id
         self.eos_ids, self.pad_id, self.batch_size = frozenset(eos_ids), pad_id, batch_size
         self.weight_version = -1
-        tied = bool(getattr(config, "tie_word_embeddings", False))
-        self.parameters = {
-            name: tensor
-            for name, tensor in self.model.state_dict(keep_vars=True).items()
-            if not (tied and name == "lm_head.weight")
-        }
+        arch = architecture(read_hf_config(hf_dir), where=str(hf_dir))
+        self.parameters = by_file_name(self.model.state_dict(keep_vars=True), arch)
 
     def update_weights(
         self, weights: Iterable[tuple[str, Any]], version: int, *, probe: Probe | None = None
@@ -77,7 +78,10 @@ class EmbeddedEngine:
         if missing:
             raise UserError(f"weights missing: {missing[:3]} ({len(missing)} in all)")
         for name, target in self.parameters.items():
-            target.data = arrived.pop(name)
+            if target._base is None:
+                target.data = arrived.pop(name)
+            else:  # an expert, which is a part of a tensor
+                target.copy_(arrived.pop(name))
         self.weight_version = version
         return {}
 

@@ -26,6 +26,7 @@ def with_importance_weights(
     objective: ObjectiveConfig,
     *,
     vocab: int,
+    softcap: float | None = None,
 ) -> list[MicroBatch]:
     """The micro-batches with importance weights as objective.tis says; a collective.
 
@@ -51,6 +52,7 @@ def with_importance_weights(
         micro_batches,
         vocab=vocab,
         chunk_size=objective.chunk_size or None,
+        softcap=softcap,
     )
     micro_batches = [
         weigh(micro, old_T, objective, grid)

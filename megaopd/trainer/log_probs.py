@@ -22,6 +22,7 @@ def token_log_probs(
     *,
     vocab: int,
     chunk_size: int | None = None,
+    softcap: float | None = None,
 ) -> list[Any]:
     """[T] log-probs of labels_T at temperature 1 per micro-batch; None where not last stage.
 
@@ -42,6 +43,7 @@ def token_log_probs(
             vocab_size=vocab,
             chunk_size=chunk_size,
             sequence_parallel=grid.config.sequence,
+            softcap=softcap,
         )
 
     with torch.no_grad():
@@ -52,7 +54,13 @@ def token_log_probs(
 
 
 def sequence_log_probs(
-    model: Any, output_weight: Any, grid: Grid, token_ids: Sequence[int], *, vocab: int
+    model: Any,
+    output_weight: Any,
+    grid: Grid,
+    token_ids: Sequence[int],
+    *,
+    vocab: int,
+    softcap: float | None = None,
 ) -> tuple[float, ...]:
     """Log-probs of token_ids[1:], each given what stands before it, on every rank; a collective."""
     import torch
@@ -66,7 +74,7 @@ def sequence_log_probs(
         pad_id=token_ids[0],
         loss_agg="token-mean",
     )
-    made = token_log_probs(model, output_weight, grid, micro_batches, vocab=vocab)
+    made = token_log_probs(model, output_weight, grid, micro_batches, vocab=vocab, softcap=softcap)
     device = micro_batches[0].tokens.device
     found = torch.zeros(len(token_ids) - 1, dtype=torch.float64, device=device)
     for micro, log_probs in zip(micro_batches, made, strict=True):

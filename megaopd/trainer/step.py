@@ -51,6 +51,8 @@ def run_schedule(
     first = inputs[0] if isinstance(inputs[0], MicroBatch) else inputs[0][0]
     micro_batch_size, sequence = first.tokens.shape
     chunks = as_chunks(model)
+    for chunk in chunks:  # models/modules.py router
+        chunk.config.aux_loss_share = 1.0 / (len(inputs) * grid.dp_size)
     config = chunks[0].config
     interleaved = len(chunks) > 1
     schedule = get_forward_backward_func(
@@ -91,6 +93,8 @@ def objective_pass(
     teacher_hidden: Sequence[Any] | None,
     teacher_weight: Any,
     forward_only: bool,
+    softcap: float | None = None,
+    teacher_softcap: Any = None,
 ) -> dict[str, float]:
     """Forward (and backward) of the objective over all micro-batches; token means of its stats.
 
@@ -102,6 +106,8 @@ def objective_pass(
             when its turn comes; None for sft and for a teacher on servers, whose scores are in the
             micro-batches.
         teacher_weight: gives the shard [Vp, Ht] of a micro-batch's teacher on the same partition.
+        softcap: of the student's logits (Architecture.final_softcap).
+        teacher_softcap: gives that of a micro-batch's teacher.
 
     Returns:
         loss (the objective as weighted) and token means, equal on every rank: see `_metrics`.
@@ -116,6 +122,9 @@ def objective_pass(
             faults.point("forward")
         return forward_micro_batch(stage, micro), partial(loss_func, micro, hidden_t)
 
+    def taught(hidden_t: Any, micro: MicroBatch) -> OutputLayer:
+        return OutputLayer(hidden_t, teacher_weight(micro), softcap=teacher_softcap(micro))
+
     def loss_func(micro: MicroBatch, hidden_t: Any, hidden: Any) -> tuple[Any, Any, Any]:
         import torch
 
@@ -124,13 +133,14 @@ def objective_pass(
         result = fused_linear_objectives(
             micro.select(hidden),
             weight,
-            micro.remote if hidden_t is None else OutputLayer(hidden_t, teacher_weight(micro)),
+            micro.remote if hidden_t is None else taught(hidden_t, micro),
             _weighted(terms, micro),
             labels=micro.labels_T if objective.passes_labels else None,
             vocab_size=vocab,
             group=grid.groups.tp,
             chunk_size=objective.chunk_size or None,
             sequence_parallel=grid.config.sequence,
+            softcap=softcap,
             # Nothing scales the loss after this: all factors are in the token weights.
             into_main_grad=not forward_only and getattr(weight, "main_grad", None) is not None,
             return_stats=True,

@@ -109,6 +109,7 @@ class Student:
                 micro_batches,
                 self.objective,
                 vocab=self.vocab,
+                softcap=self.arch.final_softcap,
             )
         self.pace.begin()
         for ddp in self.wrapped:
@@ -125,7 +126,12 @@ class Student:
     def log_probs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
         """Of token_ids[1:], each given what stands before it, at temperature 1; a collective."""
         return sequence_log_probs(
-            self.wrapped, self.output_weight, self.grid, token_ids, vocab=self.vocab
+            self.wrapped,
+            self.output_weight,
+            self.grid,
+            token_ids,
+            vocab=self.vocab,
+            softcap=self.arch.final_softcap,
         )
 
     def score(
@@ -156,6 +162,8 @@ class Student:
             teacher_hidden=hidden,
             teacher_weight=teacher.output_weight if teacher else None,
             forward_only=forward_only,
+            softcap=self.arch.final_softcap,
+            teacher_softcap=teacher.softcap if teacher else None,
         )
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:

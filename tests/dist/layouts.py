@@ -17,6 +17,7 @@ class Layout(NamedTuple):
     distributed: bool = True  # the optimizer's state
     context: int = 1
     virtual: int = 1
+    expert: int = 1
     tokens: int = 0  # of a packed row; 0: padded samples
     samples: int = 2  # of a padded micro-batch
 
@@ -49,6 +50,20 @@ LAYOUTS = {
     "packed-cp2-tp2-sp": Layout(4, context=2, tensor=2, sequence=True, tokens=40),
     "packed-pp2-vpp2-dp2": Layout(4, pipeline=2, virtual=2, tokens=32),
     "packed-cp2-pp2": Layout(4, context=2, pipeline=2, tokens=32),
+}
+
+# Of a mixture of experts.
+EXPERT_LAYOUTS = {
+    "ep2": Layout(2, expert=2),
+    "ep2-plain": Layout(2, expert=2, distributed=False),
+    "ep2-tp2-sp": Layout(2, expert=2, tensor=2, sequence=True),
+    "ep4-tp2-dp2-sp": Layout(4, expert=4, tensor=2, sequence=True),
+    "ep2-dp4": Layout(4, expert=2),
+    "ep2-pp2": Layout(4, expert=2, pipeline=2),
+    "ep2-pp2-vpp2": Layout(4, expert=2, pipeline=2, virtual=2),
+    "ep2-cp2": Layout(2, expert=2, context=2),
+    "packed-ep2": Layout(2, expert=2, tokens=32),
+    "packed-ep2-cp2-pp2": Layout(4, expert=2, context=2, pipeline=2, tokens=32),
 }
 
 
@@ -152,6 +167,7 @@ def parallel_config(layout):
         layout.pipeline,
         virtual=layout.virtual,
         context=layout.context,
+        expert=layout.expert,
         sequence=layout.sequence,
     )
 

@@ -77,7 +77,7 @@ def memory(paths, layout):
         "frozen": sum(p.numel() for p in frozen),
         "trained": sum(p.numel() for p in trained),
         "with gradient": sum(hasattr(p, "main_grad") or p.grad is not None for p in frozen),
-        "gradients": sum(t.numel() for t in gradient_tensors(student.ddp)),
+        "gradients": sum(t.numel() for t in gradient_tensors(student.wrapped)),
         "optimizer": sum(t.numel() for t in optimizer_tensors(student.optimizer)),
         "names": [name for name, _ in named if is_adapter(name)],
     }

@@ -8,15 +8,15 @@ from tests.dist import layouts
 from tests.dist.layouts import LAYOUTS, SINGLE, Layout, trajectory
 
 # Each saves after one step what the next one resumes.
-CHAIN = {
-    "one": Layout(1),
-    "pp2-vpp2": LAYOUTS["pp2-vpp2"],
-    "cp2": LAYOUTS["cp2"],
-    "packed-cp2-tp2-sp": LAYOUTS["packed-cp2-tp2-sp"],
-    "packed-pp2-vpp2-dp2": LAYOUTS["packed-pp2-vpp2-dp2"],
-    "one again": Layout(1),
-    "pp2-vpp2-cp2": LAYOUTS["pp2-vpp2-cp2"],
-}
+CHAIN = [
+    Layout(1),
+    LAYOUTS["pp2-vpp2"],
+    LAYOUTS["cp2"],
+    LAYOUTS["packed-cp2-tp2-sp"],
+    LAYOUTS["packed-pp2-vpp2-dp2"],
+    Layout(1),
+    LAYOUTS["pp2-vpp2-cp2"],
+]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def paths(tmp_path_factory):
     return layouts.checkpoints(tmp_path_factory.mktemp("hf"), tied=True)
 
 
-def one_more_step(paths, layout, folder, step, steps):
+def one_more_step(paths, layout, folder, step, steps, **values):
     """Resume at `step` (0: begin), take one step and save; (loss, gradient norm, learning rate)."""
     from pathlib import Path
 
@@ -33,7 +33,7 @@ def one_more_step(paths, layout, folder, step, steps):
     # Ranks of the pool are daemons, which may not have the children that write a checkpoint.
     multiprocessing.current_process()._config["daemon"] = False
     layout = Layout(*layout)
-    grid, student, teacher = layouts.build(paths, layout, steps)
+    grid, student, teacher = layouts.build(paths, layout, steps, **values)
     checkpoints = Checkpoints(Path(folder), grid, keep=2)
     if step:
         assert checkpoints.latest_good() == step
@@ -44,16 +44,23 @@ def one_more_step(paths, layout, folder, step, steps):
     return found["loss"], found["grad_norm"], found["lr"]
 
 
-def test_a_run_goes_on_under_any_other_layout(ranks, paths, tmp_path):
-    """Weights, moments and schedule survive every change of layout."""
-    steps = len(CHAIN)
-    ((curve, _),) = ranks.run(trajectory, 1, paths, SINGLE, steps=steps)
-    for step, (name, layout) in enumerate(CHAIN.items()):
-        per_rank = ranks.run(one_more_step, layout.world, paths, layout, str(tmp_path), step, steps)
+def chain(ranks, paths, layouts_of_steps, folder, **values):
+    """Each step under its layout, out of the checkpoint before: the trajectory of one rank."""
+    steps = len(layouts_of_steps)
+    ((curve, _),) = ranks.run(trajectory, 1, paths, SINGLE, steps=steps, **values)
+    for step, layout in enumerate(layouts_of_steps):
+        per_rank = ranks.run(
+            one_more_step, layout.world, paths, layout, str(folder), step, steps, **values
+        )
         loss, norm, _ = per_rank[0]
         off = abs(loss / curve[step][0] - 1), abs(norm / curve[step][1] - 1)
-        print(f"{name}: loss {off[0]:.1e}, gradient norm {off[1]:.1e}")
-        assert off[0] <= 2e-6 and off[1] <= 1e-5, (name, off)
+        print(f"{layout}: loss {off[0]:.1e}, gradient norm {off[1]:.1e}")
+        assert off[0] <= 2e-6 and off[1] <= 1e-5, (layout, off)
+
+
+def test_a_run_goes_on_under_any_other_layout(ranks, paths, tmp_path):
+    """Weights, moments and schedule survive every change of layout."""
+    chain(ranks, paths, CHAIN, tmp_path)
 
 
 def scores_of(paths, layout):

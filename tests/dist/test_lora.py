@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from megaopd.models.arch import architecture, read_hf_config
-from megaopd.models.names import GateUp, Qkv
+from megaopd.models.rules import GateUp, Qkv
 from tests.dist import lora_cases as cases
 from tests.dist.layouts import LAYOUTS, SINGLE, Layout, differences, samples
 from tests.dist.models import save_tiny, tokens
@@ -75,15 +75,19 @@ def dense_gradients(paths, values):
     }
     weights = dict(model.named_parameters())
     where = {
-        "linear_qkv": ("self_attn", ["q_proj", "k_proj", "v_proj"], Qkv()),
+        "linear_qkv": (
+            "self_attn",
+            ["q_proj", "k_proj", "v_proj"],
+            Qkv(arch.heads, arch.kv_heads, arch.head_dim),
+        ),
         "linear_proj": ("self_attn", ["o_proj"], None),
-        "linear_fc1": ("mlp", ["gate_proj", "up_proj"], GateUp()),
+        "linear_fc1": ("mlp", ["gate_proj", "up_proj"], GateUp(arch.ffn)),
         "linear_fc2": ("mlp", ["down_proj"], None),
     }
     for layer, name in {key[:2] for key in leaves}:
         block, projections, rule = where[name]
         b, a = leaves[layer, name, "b"], leaves[layer, name, "a"]
-        parts = rule.merge([b], arch) if rule else [b]
+        parts = rule.merge([b]) if rule else [b]
         for projection, part in zip(projections, parts, strict=True):
             full = f"model.layers.{layer}.{block}.{projection}.weight"
             weights[full] = weights[full].detach() + cases.ALPHA / cases.RANK * part @ a
@@ -157,7 +161,7 @@ def test_resume(ranks, checkpoints, tmp_path):
     assert names and all("_lora." in name for name in names)
     again = ranks.run(cases.resume, 2, paths, layout, str(tmp_path), save=False)
     assert again[0][0] == curve
-    ((other, _),) = ranks.run(cases.resume, 1, paths, SINGLE, str(tmp_path), save=False)
+    ((other, _),) = ranks.run(cases.resume, 1, paths, Layout(1), str(tmp_path), save=False)
     assert other == [pytest.approx(step, rel=1e-5) for step in curve]
 
     path = str(tmp_path / "checkpoints" / "step_00000002")

@@ -115,7 +115,7 @@ def refuse(path, tensor, pipeline, edit):
         ({"num_hidden_layers": 3}, 1, 1, "unexpected ['model.layers.3."),
         ({"intermediate_size": 96}, 1, 1, "mlp.gate_proj.weight has shape (128, 64)"),
         ({"hidden_size": 32}, 1, 1, "give a shard of shape"),
-        ({"attention_bias": True}, 1, 1, "attention_bias=true"),
+        ({"mlp_bias": True}, 1, 1, "missing ['model.layers.0.mlp.down_proj.bias'"),
         ({"rope_scaling": {"rope_type": "yarn"}, "rope_parameters": None}, 1, 1, "rope scaling"),
         ({"num_attention_heads": 9, "num_key_value_heads": 3}, 2, 1, "9 attention heads"),
         ({"num_hidden_layers": 3}, 1, 2, "3 layers with pipeline parallel 2"),

@@ -15,6 +15,7 @@ LAYERS = [
     ["parts"],
     ["sampler", "teacher_ranks"],
     ["inputs"],
+    ["plan"],
     ["schema", "recipes"],
     ["trainer"],
     ["rollout"],

@@ -371,25 +371,26 @@ def test_sampled_terms_share_a_pass_whatever_each_of_them_takes():
     assert out.loss.isfinite()
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(("softcap", "teachers"), [(None, None), (3.0, "student's"), (3.0, 2.0)])
 @every
-def test_bias_and_softcap(case, softcap):
+def test_bias_and_softcap(case, softcap, teachers):
     g = torch.Generator().manual_seed(4)
     shapes = ((ROWS, 5), (V, 5), (V,), (ROWS, 6), (V, 6), (V,))
     parts = [torch.randn(*shape, generator=g, dtype=F64) for shape in shapes]
     own = [x.requires_grad_() for x in parts[:3]]
     weights = torch.rand(ROWS, generator=g, dtype=F64)
 
-    def law(hidden, weight, bias):
+    def law(hidden, weight, bias, cap=softcap):
         z = hidden @ weight.t() + bias
-        return z if softcap is None else softcap * torch.tanh(z / softcap)
+        return z if cap is None else cap * torch.tanh(z / cap)
 
     case = {**with_labels(case), "temperature": 1.3, "vocab_size": 37}
-    want = truth(law(*own), law(*parts[3:]), **case)
+    cap = softcap if teachers == "student's" else teachers
+    want = truth(law(*own), law(*parts[3:], cap), **case)
     grads = torch.autograd.grad((want * weights).sum(), own)
     more = {"labels": case.pop("labels", None), "vocab_size": case.pop("vocab_size")}
     objective = {"a": Objective(Divergence(**case), weights)}
     more |= {"bias": own[2], "softcap": softcap, "chunk_size": 4}
-    out = fused_loss(*own[:2], OutputLayer(*parts[3:]), objective, **more)
+    out = fused_loss(*own[:2], OutputLayer(*parts[3:], softcap=teachers), objective, **more)
     got = torch.autograd.grad(2 * out.loss, own)
     near((out.per_token, *got), (want.detach(), *(2 * x for x in grads)), 1e-12)

@@ -10,7 +10,7 @@ from typing import Any
 from megaopd import platform
 from megaopd.models.arch import Architecture
 from megaopd.models.config import ModelConfig
-from megaopd.models.names import VocabRows
+from megaopd.models.rules import VocabRows
 from megaopd.models.sharded import load_sharded
 from megaopd.models.weights import HfReader
 from megaopd.parallel import Grid
@@ -19,6 +19,8 @@ from megaopd.trainer.batch import MicroBatch
 
 class BaseTeacher:
     """Scores a step's micro-batches. Inference only: no gradient buffers and no optimizer."""
+
+    arch: Architecture  # of the model, where it is one
 
     def hidden_states(self, micro_batches: Sequence[MicroBatch]) -> list[Any]:
         """For each micro-batch [T, Ht], or a function that gives it; None where not last stage.
@@ -34,6 +36,10 @@ class BaseTeacher:
         micro: whose teacher, where there are several.
         """
         raise NotImplementedError
+
+    def softcap(self, micro: MicroBatch | None = None) -> float | None:
+        """Of the teacher's logits; micro as above."""
+        return self.arch.final_softcap
 
     def after_update(self, *, epoch: int = 0) -> None:
         """The student has taken a step; `epoch` of the prompts that come next."""
@@ -90,6 +96,7 @@ def load_output_layer(
     elif grid.is_last_stage:
         reader = HfReader(config.path)
         reader.check_names(arch)
-        loaded = VocabRows(rows).load(reader.read, [hf_name], arch, grid.tp_size, grid.tp_rank)
+        rule = VocabRows(rows, arch.vocab)
+        loaded = rule.load(reader.read, [hf_name], grid.tp_size, grid.tp_rank)
         weight.copy_(loaded)
     return weight.requires_grad_(False) if grid.is_last_stage else None

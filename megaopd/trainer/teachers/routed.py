@@ -111,6 +111,10 @@ class RoutedTeachers(BaseTeacher):
         assert micro is not None, "which of several teachers?"
         return self.teachers[micro.teacher].output_weight(micro)
 
+    def softcap(self, micro: MicroBatch | None = None) -> float | None:
+        assert micro is not None, "which of several teachers?"
+        return self.teachers[micro.teacher].softcap(micro)
+
     def parameters(self) -> Iterable[Any]:
         for teacher in self.teachers.values():
             yield from teacher.parameters()

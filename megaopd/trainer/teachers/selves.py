@@ -34,7 +34,7 @@ class LiveTeacher(BaseTeacher):
     """The student's current weights: scoring is one more forward pass of its own model."""
 
     def __init__(self, student: Student) -> None:
-        self.student = student
+        self.student, self.arch = student, student.arch
         self.scorer = InPlace(student.wrapped, student.arch, student.grid)
 
     def hidden_states(self, micro_batches: Sequence[MicroBatch]) -> list[Any]:
@@ -67,7 +67,8 @@ class CopiedTeacher(BaseTeacher):
         every: int = 1,
         offload: bool = False,
     ) -> None:
-        self.student, self.kind, self.decay, self.every = student, kind, decay, every
+        self.student, self.arch = student, student.arch
+        self.kind, self.decay, self.every = kind, decay, every
         self.updates, self.epoch = 0, 0
         self.chunks = self._build(config)
         # A step of an average is a small fraction of a weight: bf16 would round most of it away.

@@ -1,0 +1,93 @@
+"""A Job from a run's configuration."""
+
+from typing import Any
+
+from megaopd.config import build
+from megaopd.errors import UserError
+from megaopd.objectives.validate import needs
+from megaopd.parallel import ParallelConfig
+from megaopd.plan.job import Job, Side
+from megaopd.plan.models import find_shape
+from megaopd.schema import Config
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
+
+
+def job_of(config: Config, world: int, *, teacher_layout: str = "") -> Job:
+    """The step that `config` describes on `world` ranks, at its longest sequences.
+
+    Args:
+        teacher_layout: "tensor=8,sequence=true"; empty: the student's.
+
+    Raises:
+        UserError: a model that is not known, a layout that does not divide.
+    """
+    sequence, rows = sequence_of(config)
+    law = config.objective
+    tempered = law.temperature != 1.0 and (law.sft_coef or law.is_sampled)
+    return Job(
+        student=_side(config.student, config.parallel),
+        teacher=_teacher(config, teacher_layout),
+        world=world,
+        samples=config.rollout.samples_per_step,
+        sequence=sequence,
+        rows=rows,
+        micro_batch=config.trainer.micro_batch_size,
+        chunk=law.chunk_size,
+        distributed=config.optim.distributed,
+        laws=2 if tempered else 1,
+        old_log_probs=needs(law).old_log_prob_pass,
+        rollout=_rollout(config),
+        rollout_batch=config.rollout.batch_size,
+    )
+
+
+def sequence_of(config: Config) -> tuple[int, int]:
+    """(longest sequence, longest response)."""
+    response = config.rollout.max_new_tokens
+    prompt = config.data.max_prompt_tokens
+    longest = prompt + response
+    limit = config.trainer.max_sequence
+    return (min(longest, limit) if limit else longest), response
+
+
+def _side(model: Any, layout: ParallelConfig) -> Side:
+    return Side(
+        find_shape(model.path),
+        layout,
+        itemsize=ITEMSIZE[model.dtype],
+        recompute=model.recompute,
+        vocab_multiple=model.vocab_multiple,
+    )
+
+
+def _teacher(config: Config, layout: str) -> Side | None:
+    if not config.teacher.path:
+        return None
+    return _side(config.teacher, parse_layout(layout) if layout else config.parallel)
+
+
+def _rollout(config: Config) -> Any:
+    if not config.on_policy:
+        return "none"
+    if config.rollout.engine == "embedded":
+        return "embedded"
+    return config.server.placement
+
+
+def parse_layout(text: str) -> ParallelConfig:
+    """ "tensor=8,sequence=true" as a ParallelConfig."""
+    values: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, sep, value = part.partition("=")
+        if not sep:
+            raise UserError(f"layout {text!r}", expected="tensor=8,pipeline=2,sequence=true")
+        on = value.strip().lower()
+        values[name.strip()] = on == "true" if on in ("true", "false") else _number(on, text)
+    return build(ParallelConfig, values)
+
+
+def _number(value: str, text: str) -> int:
+    if not value.isdigit():
+        raise UserError(f"layout {text!r}", expected="integers, or true and false")
+    return int(value)

@@ -1,0 +1,257 @@
+"""Bytes on the ranks of each pipeline stage: what stays, and the phases that come on top of it.
+
+The update has four phases that never overlap: the teacher's forward pass, the student's forward and
+backward passes, and the optimizer. A rank needs what stays plus the largest of them.
+"""
+
+import math
+from dataclasses import dataclass
+
+from megaopd.plan.hardware import SLEEPING_SERVER
+from megaopd.plan.head import head_bytes, waiting_hidden
+from megaopd.plan.job import Job, Side
+from megaopd.plan.layer import (
+    RNG_STATE,
+    Sizes,
+    backward_peak,
+    forward_peak,
+    inference_peak,
+    layer_modules,
+    saved_bytes,
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Numbers of a stage on one rank."""
+
+    dense: int  # shared by all data-parallel and context-parallel ranks
+    experts: int  # shared by fewer: experts are split over those ranks
+
+    @property
+    def all(self) -> int:
+        return self.dense + self.experts
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on every rank of one pipeline stage."""
+
+    stage: int
+    weights: float
+    gradients: float
+    optimizer: float
+    teacher_weights: float
+    rollout: float
+    buffers: float  # sequence-parallel gathers and position tables, kept between steps
+    batch: float  # the step's token ids and numbers
+    hidden: float  # the teacher's hidden states of the step
+    in_flight: float  # micro-batches whose backward pass is still to come
+    saved: float  # activations of one of them
+    teacher_phase: float
+    forward_phase: float  # activations in flight included
+    backward_phase: float
+    optimizer_phase: float
+    reserve: float
+
+    @property
+    def resident(self) -> float:
+        """What is there in every phase."""
+        kept = self.weights + self.gradients + self.optimizer + self.teacher_weights
+        return kept + self.rollout + self.buffers + self.batch
+
+    @property
+    def phases(self) -> dict[str, float]:
+        return {
+            "teacher": self.teacher_phase,
+            "forward": self.forward_phase + self.hidden,
+            "backward": self.backward_phase + self.hidden,
+            "optimizer": self.optimizer_phase + self.hidden,
+        }
+
+    @property
+    def worst(self) -> str:
+        return max(self.phases, key=lambda name: self.phases[name])
+
+    @property
+    def peak(self) -> float:
+        """Of live tensors."""
+        return self.resident + max(self.phases.values())
+
+    @property
+    def total(self) -> float:
+        return self.peak + self.reserve
+
+
+def stage_weights(side: Side, stage: int, *, vocab_rows: int) -> Weights:
+    """The weights of a stage on one tensor rank."""
+    shape, tensor = side.shape, side.tensor
+    dense = experts = 0
+    for layer in side.stage_layers(stage):
+        whole = shape.hidden * 2 + 2 * shape.head_dim * shape.qk_norm
+        columns = shape.query + 2 * shape.key
+        split = shape.hidden * (columns + shape.query) + columns * shape.qkv_bias
+        if shape.is_sparse(layer):
+            whole += shape.hidden * shape.experts
+            split += 3 * shape.hidden * shape.shared_ffn
+            expert = 3 * shape.hidden * shape.expert_ffn // tensor
+            experts += expert * (shape.experts // side.layout.expert)
+        else:
+            split += 3 * shape.hidden * shape.ffn
+        dense += whole + split // tensor
+    ends = side.layout.pipeline - 1
+    table = vocab_rows // tensor * shape.hidden
+    if stage == 0:
+        dense += table
+    if stage == ends:
+        # A tied output layer of a stage of its own is a copy.
+        dense += shape.hidden + (0 if shape.tied and ends == 0 else table)
+    return Weights(dense, experts)
+
+
+def in_flight(layout_pipeline: int, virtual: int, stage: int, micro_batches: int) -> float:
+    """Micro-batches of a whole stage whose activations exist at once: 1F1B, or interleaved."""
+    if layout_pipeline == 1:
+        return 1
+    behind = layout_pipeline - stage - 1
+    if virtual == 1:
+        return min(micro_batches, behind + 1)
+    chunks = min(micro_batches * virtual, 2 * behind + (virtual - 1) * layout_pipeline + 1)
+    return chunks / virtual
+
+
+def stage_memory(job: Job, stage: int, *, reserve: float = 0.0) -> StageMemory:
+    """What a rank of this stage of the student holds."""
+    side, world = job.student, job.world
+    weights = stage_weights(side, stage, vocab_rows=job.vocab_rows)
+    shards = side.data(world) * side.layout.context if job.distributed else 1
+    expert_shards = side.expert_data(world) if job.distributed else 1
+    own = weights.dense / shards + weights.experts / expert_shards
+    master = 4 if side.itemsize < 4 else 0
+    last = stage == side.layout.pipeline - 1
+    waiting = waiting_hidden(job) if last else 0.0
+    flight = in_flight(side.layout.pipeline, side.layout.virtual, stage, job.micro_batches)
+    saved, forward, backward = _passes(job, stage, flight)
+    teacher = teacher_resident = 0.0
+    if job.teacher:
+        teacher_resident, teacher = _teacher(job, stage)
+    return StageMemory(
+        stage=stage,
+        weights=weights.all * side.itemsize,
+        gradients=weights.all * 4,
+        optimizer=own * (8 + master),
+        teacher_weights=teacher_resident,
+        rollout=_rollout(job),
+        buffers=_buffers(job, stage),
+        batch=job.micro_batches * job.micro_batch * (16 * job.padded_sequence + 25 * job.rows),
+        hidden=waiting,
+        in_flight=flight,
+        saved=saved,
+        teacher_phase=teacher + waiting,
+        forward_phase=forward,
+        backward_phase=backward,
+        # The CPU's Adam divides into a new tensor; fused ones work in place.
+        optimizer_phase=4 * own if job.spec == "local" else 0.0,
+        reserve=reserve,
+    )
+
+
+def _passes(job: Job, stage: int, flight: float) -> tuple[float, float, float]:
+    """(saved bytes of one micro-batch, peak of the forward pass, of the backward pass)."""
+    side, sizes = job.student, Sizes.of(job, job.student)
+    kinds = [side.shape.is_sparse(layer) for layer in side.stage_layers(stage)]
+    by_kind = {kind: layer_modules(job, side, sparse=kind) for kind in set(kinds)}
+    full = side.recompute == "full"
+    # A recomputed layer keeps its input and four states of random number generators.
+    state = 4 * RNG_STATE if job.spec == "local" else 0
+    kept = {
+        kind: sizes.stream + state if full else saved_bytes(modules)
+        for kind, modules in by_kind.items()
+    }
+    if side.recompute == "selective":
+        lse = 4 * sizes.t * sizes.heads
+        kept = {kind: size - lse + state for kind, size in kept.items()}
+    saved = sum(kept[kind] for kind in kinds)
+    first, last = stage == 0, stage == side.layout.pipeline - 1
+    table = job.vocab_rows / side.tensor * side.shape.hidden * side.itemsize
+    saved += 8 * sizes.t if first else 0.0
+    saved += 0 if last else sizes.stream  # what went to the next stage waits for its gradient
+    closing = _final_norm(sizes, job) if last else 0.0
+    others = (flight - 1) * saved
+    top = by_kind[kinds[-1]]
+    forward = backward = others + saved + sizes.stream
+    if last:
+        head = head_bytes(job)
+        forward = others + saved + closing + head.peak + sizes.stream
+        backward = others + saved + closing + head.gradient + 3 * sizes.stream
+    bottom = max(backward_peak(by_kind[kind]) for kind in kinds)
+    if full:
+        # One layer is made again, with its output, while all inputs are still there.
+        rebuilt = max(bottom, forward_peak(top)) + 2 * sizes.stream
+        backward = max(backward, others + saved + rebuilt - sizes.stream)
+        forward = max(forward, others + saved + max(map(forward_peak, by_kind.values())))
+    else:
+        backward = max(backward, others + saved - kept[kinds[-1]] + backward_peak(top))
+    if first:
+        # The embedding's gradient is dense; tied, the output layer's comes on top.
+        twice = 2 if side.shape.tied and last else 1
+        backward = max(backward, others + 2 * sizes.stream + twice * table)
+    return saved, forward, backward
+
+
+def _final_norm(sizes: Sizes, job: Job) -> float:
+    """Saved by the last norm; its output goes to the loss."""
+    if job.spec == "te":
+        return sizes.stream + 4 * sizes.ts
+    return 8 * sizes.ts * sizes.hidden + 4 * sizes.ts
+
+
+def _teacher(job: Job, stage: int) -> tuple[float, float]:
+    """(weights, peak of the forward pass) of the teacher on a rank that holds this stage.
+
+    A teacher of another pipeline size has other stages on the same ranks: the heaviest counts.
+    """
+    side = job.teacher
+    assert side is not None
+    same = side.layout.pipeline == job.student.layout.pipeline
+    stages = [stage] if same else range(side.layout.pipeline)
+    weights = max(stage_weights(side, s, vocab_rows=job.vocab_rows).all for s in stages)
+    peak = max(
+        inference_peak(job, side, sparse=sparse)
+        for s in stages
+        for sparse in {side.shape.is_sparse(layer) for layer in side.stage_layers(s)}
+    )
+    sent = 0 if stage == job.student.layout.pipeline - 1 else Sizes.of(job, side).stream
+    return weights * side.itemsize, peak + sent
+
+
+def _buffers(job: Job, stage: int) -> float:
+    """The gather buffer of sequence parallel, each model's table of angles, and received states.
+
+    A later stage holds on to the last input that it received, the student's with its gradient.
+    """
+    sides = [job.student, *([job.teacher] if job.teacher else [])]
+    angles = sum(4 * job.padded_sequence * side.shape.head_dim for side in sides)
+    gathers: dict[int, float] = {}  # one buffer a type of numbers, of the largest request
+    for side in sides:
+        sizes = Sizes.of(job, side)
+        gathers[side.itemsize] = max(gathers.get(side.itemsize, 0.0), sizes.gathered)
+    received = 0
+    if stage > 0:
+        received = sum(Sizes.of(job, side).stream for side in [job.student, *sides])
+    return angles + received + sum(gathers.values())
+
+
+def _rollout(job: Job) -> float:
+    """An embedded engine: the whole student and a key/value cache on every rank; or a sleeper.
+
+    The cache is counted as if it stayed: the caching allocator keeps its blocks.
+    """
+    if job.rollout == "colocated":
+        return SLEEPING_SERVER
+    if job.rollout != "embedded":
+        return 0.0
+    side = job.student
+    cache = 2 * side.shape.layers * side.shape.key * side.itemsize
+    tokens = job.rollout_batch * math.ceil(job.sequence)
+    return side.shape.parameters() * side.itemsize + cache * tokens

@@ -1,0 +1,62 @@
+"""Seconds of one update: an estimate from peaks and assumed shares of them (hardware.py).
+
+Good for ranking layouts. Nothing of it was measured on a GPU, and sampling is not part of it.
+"""
+
+from dataclasses import dataclass
+
+from megaopd.plan.communication import Traffic
+from megaopd.plan.hardware import CALL_US, EFFICIENCY, LINK_EFFICIENCY, Gpu
+from megaopd.plan.job import Job, Side
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Parts of a step that are taken to follow one another: no overlap is assumed."""
+
+    student: float
+    teacher: float
+    loss: float
+    bubble: float
+    node: float  # collectives inside a node
+    network: float
+
+    @property
+    def total(self) -> float:
+        own = self.student + self.teacher + self.loss
+        return own + self.bubble + self.node + self.network
+
+
+def forward_flops(side: Side, tokens: float, sequence: int) -> float:
+    """Of all layers for this many tokens, in sequences of one length, causal."""
+    shape = side.shape
+    tables = shape.vocab * shape.hidden * (1 if shape.tied else 2)
+    products = 2 * (shape.parameters(active=True) - tables)
+    attention = 2 * shape.layers * shape.query * sequence  # half of 4: what a token looks back at
+    return tokens * (products + attention)
+
+
+def estimate(job: Job, gpu: Gpu, traffic: list[Traffic]) -> Seconds:
+    """The update of one step."""
+    side, rate = job.student, gpu.flops * EFFICIENCY * job.world
+    if side.itemsize == 4:
+        rate /= 2  # fp32 through TF32
+    filled = job.micro_batches * job.micro_batch * side.data(job.world)
+    tokens = float(filled * job.padded_sequence)
+    passes = 3 + (side.recompute == "full") + job.old_log_probs
+    student = passes * forward_flops(side, tokens, job.padded_sequence) / rate
+    rows = filled * (job.padded_sequence if side.layout.sequence else job.rows)
+    widths = 3 * side.shape.hidden + (job.teacher.shape.hidden if job.teacher else 0)
+    # The output layers work on the ranks of the last stage alone.
+    loss = 2 * rows * widths * job.vocab * side.layout.pipeline / rate
+    teacher = 0.0
+    if job.teacher:
+        teacher = forward_flops(job.teacher, tokens, job.padded_sequence) / rate
+    idle = (side.layout.pipeline - 1) / (job.micro_batches * side.layout.virtual)
+    node = network = 0.0
+    for one in traffic:
+        crosses = one.crosses(gpu)
+        link = gpu.network if crosses else gpu.node_link
+        spent = one.sent / (link * LINK_EFFICIENCY) + one.calls * CALL_US * 1e-6
+        node, network = (node, network + spent) if crosses else (node + spent, network)
+    return Seconds(student, teacher, loss, idle * (student + teacher), node, network)

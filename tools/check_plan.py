@@ -1,0 +1,129 @@
+"""megaopd/plan's memory against live tensor bytes of real updates on CPU ranks over gloo.
+
+python tools/check_plan.py            every held-out case -> docs/planner.json
+python tools/check_plan.py NAME...    some cases, printed only
+"""
+
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+LIMIT = 0.1  # of the peak
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megaopd.parallel import ParallelConfig as P  # noqa: E402
+from tools.bench.updates import Case, compare  # noqa: E402
+
+# Looked at while the tables of plan/layer.py were read off the code; they prove nothing.
+SEEN = (
+    Case("seen tp1", P()),
+    Case("seen full", P(), recompute="full", sequence=512, response=384, vocab=2048),
+    Case("seen bf16 qwen3", P(), dtype="bfloat16", family="Qwen3"),
+    Case("seen tp2", P(tensor=2), world=2),
+    Case("seen tp2 sp", P(tensor=2, sequence=True), world=2),
+    Case("seen pp2", P(pipeline=2), world=2),
+    Case("seen dp2", P(), world=2),
+)
+
+# Not looked at before the tables were finished.
+HELD_OUT = (
+    Case("tp1", P(), hidden=320, teacher_hidden=480, heads=10, kv_heads=5, ffn=896,
+         sequence=384, response=300),
+    Case("tp1 full", P(), recompute="full", layers=8, sequence=768, response=512, vocab=4096),
+    Case("tp1 selective", P(), recompute="selective", layers=6, family="Qwen3", micro_batch=2),
+    Case("tp1 bf16 full", P(), recompute="full", dtype="bfloat16", layers=8, sequence=1024,
+         response=640, vocab=2048, family="Qwen3"),
+    Case("tied, large vocabulary", P(), tied=True, vocab=24576, layers=2, sequence=96, response=64,
+         teacher_hidden=256),
+    Case("tp2", P(tensor=2), world=2, hidden=384, teacher_hidden=512, sequence=320, response=256),
+    Case("tp2 sp", P(tensor=2, sequence=True), world=2, layers=6, sequence=512, response=384),
+    Case("tp2 sp bf16 full", P(tensor=2, sequence=True), world=2, dtype="bfloat16", layers=6,
+         recompute="full", sequence=768, response=512, micro_batch=2),
+    Case("pp2", P(pipeline=2), world=2, layers=6, sequence=384, response=256, samples=6),
+    Case("pp2 bf16", P(pipeline=2), world=2, layers=8, dtype="bfloat16", vocab=4096, samples=6,
+         sequence=512, response=384, family="Qwen3"),
+    Case("dp2 zero-1", P(), world=2, layers=6, vocab=6144, micro_batch=2, samples=8),
+    Case("dp2 zero-1 bf16", P(), world=2, dtype="bfloat16", hidden=384, teacher_hidden=256,
+         sequence=512, response=320),
+    Case("dp2, optimizer not split", P(), world=2, distributed=False, vocab=12288),
+    Case("tp2 x pp2", P(tensor=2, pipeline=2), world=4, layers=8, sequence=384, response=256),
+    Case("tp2 sp x pp2 full", P(tensor=2, pipeline=2, sequence=True), world=4, layers=8,
+         recompute="full", sequence=768, response=512, vocab=4096, micro_batch=2, samples=8),
+)  # fmt: skip
+
+
+def main(names: list[str]) -> int:
+    """Exit code 1 where a prediction is off by more than 10%."""
+    chosen = [c for c in (*SEEN, *HELD_OUT) if c.name in names] if names else list(HELD_OUT)
+    records = []
+    for world in sorted({case.world for case in chosen}):
+        found = run([case for case in chosen if case.world == world], world)
+        for one in found:
+            print(_line(one), flush=True)
+        _write([one for one in found if one["case"] in {case.name for case in HELD_OUT}])
+        records += found
+    return int(max(abs(one["error"]) for one in records) > LIMIT)
+
+
+def _line(one: dict[str, Any]) -> str:
+    measured, predicted = one["measured"], one["predicted"]
+    cells = [one["case"], f"{one['rank']} (stage {one['stage']})"]
+    for part in ("resident", "peak"):
+        cells += [f"{x[part] / 1e6:.2f}" for x in (measured, predicted)]
+    return "| " + " | ".join([*cells, f"{one['error']:+.1%}", predicted["worst"]]) + " |"
+
+
+def _write(records: list[dict[str, Any]]) -> None:
+    """Into the document, in the place of earlier records of the same cases."""
+    if not records:
+        return
+    path = ROOT / "docs/planner.json"
+    before = json.loads(path.read_text())["records"] if path.is_file() else []
+    fresh = {one["case"] for one in records}
+    records = [one for one in before if one["case"] not in fresh] + records
+    order = {case.name: i for i, case in enumerate(HELD_OUT)}
+    records = [one for one in records if one["case"] in order]
+    records.sort(key=lambda one: (order[one["case"]], one["rank"]))
+    document = {
+        "command": "python tools/check_plan.py",
+        "worst": max(abs(one["error"]) for one in records),
+        "records": records,
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def run(cases: list[Case], world: int) -> list[dict[str, Any]]:
+    """Prediction and measurement of every rank of these cases, on the same processes."""
+    import torch
+
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        torch.multiprocessing.spawn(_rank, (cases, world, folder), nprocs=world)
+        found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world)]
+        return [one for of_case in zip(*found, strict=True) for one in of_case]
+
+
+def _rank(rank: int, cases: list[Case], world: int, folder: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    from megaopd import platform
+
+    platform.install()
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+    )
+    found = [
+        {"case": case.name, **compare(case), "settings": dataclasses.asdict(case)} for case in cases
+    ]
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
