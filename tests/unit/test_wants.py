@@ -21,23 +21,25 @@ def sample(prompt, response, told=None):
     return Sample(one, tuple(response), None, "stop", 0)
 
 
-SAMPLES = [
-    sample([1, 2], [3, 4, 5]),
-    sample([6, 7], [8], told=[9, 9, 9, 6, 7]),
-    sample([1, 2, 3, 4], [5, 6], told=[9]),
-]
+def made():
+    return [
+        sample([1, 2], [3, 4, 5]),
+        sample([6, 7], [8], told=[9, 9, 9, 6, 7]),
+        sample([1, 2, 3, 4], [5, 6], told=[9]),
+    ]
 
 
 def test_rows_are_aligned_by_response_offset():
-    sources = pad_batch(SAMPLES, pad_id=0).sources
+    samples = made()
+    sources = pad_batch(samples, pad_id=0).sources
     assert sources[0].tolist() == [0, 1, 2, 3, 4, NONE]
-    moved = in_teacher_sequence(sources, SAMPLES)
+    moved = in_teacher_sequence(sources, samples)
     assert moved[0].tolist() == sources[0].tolist()  # the prompt is shared: every row is
     # The row that predicts the first response token stands at the end of either prompt.
     assert moved[1].tolist() == [NONE, source(1, 4), source(1, 5), NONE, NONE, NONE]
     assert moved[2].tolist() == [NONE] * 3 + [source(2, row) for row in (0, 1, 2)]
-    sequences = teacher_sequences(SAMPLES, 8)
-    for number, one in enumerate(SAMPLES):
+    sequences = teacher_sequences(samples, 8)
+    for number, one in enumerate(samples):
         start, told = len(one.prompt.token_ids) - 1, len(one.teacher_prompt) - 1
         for offset, token in enumerate(one.response_ids):
             assert moved[number, start + offset] == source(number, told + offset)
@@ -46,7 +48,7 @@ def test_rows_are_aligned_by_response_offset():
 
 def test_a_sequence_beyond_the_teachers_context_is_refused():
     with pytest.raises(UserError, match="6 tokens for a teacher of 5 positions"):
-        teacher_sequences(SAMPLES, 5)
+        teacher_sequences(made(), 5)
 
 
 def test_jobs_hold_every_wanted_row_once():
