@@ -166,6 +166,7 @@ class TeacherConfig(ModelConfig):
     offload: bool = False  # its weights are on the host between its turns
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"teacher.ema_decay = {self.ema_decay}", expected="0 <= decay < 1")
         for name in ("sync_every", "window"):
