@@ -154,6 +154,17 @@ class Config:
                 expected="a warm-up that ends within the run",
             )
 
+    def _check_fp8_of_copy(self) -> None:
+        """A copy of the student has its precision, and never trains."""
+        wrong = "student.fp8_params = true" if self.student.fp8_params else ""
+        wrong = "student.fp8 = delayed" if self.student.fp8 == "delayed" else wrong
+        if wrong:
+            raise UserError(
+                f"{wrong} with teacher.kind = {self.teacher.kind}",
+                expected="FP8 that a copy can have: its scales need no history, its weights move",
+                fix="set student.fp8=current or blockwise and student.fp8_params=false",
+            )
+
     def _check_fp8_params(self) -> None:
         if not self.optim.distributed:
             raise UserError(
@@ -177,6 +188,8 @@ class Config:
                     expected="a recipe whose scales need no history: a teacher never trains",
                     fix="set teacher.fp8=current or blockwise",
                 )
+        if self.teacher.kind not in ("frozen", "live"):
+            self._check_fp8_of_copy()
         kinds = {
             "teacher.path": self.teacher.path,
             "teacher.kind": self.teacher.kind if self.teacher.follows else "",

@@ -1,8 +1,8 @@
 """What a run says about a model."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from megaopd.errors import UserError
 
@@ -73,6 +73,11 @@ class ModelConfig:
                 "loss writes",
                 fix="set fp8_params=false",
             )
+
+    def without_fp8(self) -> Self:
+        """The same model in its dtype alone."""
+        plain = {f.name: f.default for f in fields(self) if f.name.split("_")[0] == "fp8"}
+        return replace(self, **plain)
 
     @property
     def fp8_backward(self) -> Literal["e4m3", "e5m2"]:

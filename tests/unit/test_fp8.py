@@ -313,3 +313,29 @@ def test_scales_of_another_kind_of_layer_begin_anew():
     assert float(model[0].scaling.scale["input"]) == 224.0
     assert float(model[1].scaling.scale["input"]) == 1.0
     model.load_state_dict({})  # a checkpoint without any scales is not an error
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["teacher.fp8=delayed"], "teacher.fp8 = delayed"),
+        (["teacher.fp8=none", "teacher.fp8_margin=2"], "fp8_margin = 2 with fp8 = none"),
+        (
+            ["student.fp8=current", "student.fp8_params=true", "optim.distributed=false"],
+            "fp8_params",
+        ),
+        (["teacher.path=", "teacher.kind=ema", "student.fp8=delayed"], "teacher.kind = ema"),
+    ],
+)
+def test_runs_that_are_refused(changes, said):
+    from megaopd.schema import load_config
+
+    run = ["student.path=s", "teacher.path=t", "data.source=task:addition3"]
+    load_config(None, [*run, "student.fp8=delayed", "teacher.fp8=blockwise"])
+    with pytest.raises(UserError, match=said):
+        load_config(None, [*run, *changes])
+
+
+def test_a_model_without_its_fp8():
+    config = ModelConfig(path="x", fp8="delayed", fp8_history=4, dtype="bfloat16")
+    assert config.without_fp8() == ModelConfig(path="x", dtype="bfloat16")

@@ -41,7 +41,7 @@ def run_jobs(
         return
     longest = {job: max(len(sequences[i]) for i in job.samples) for job in jobs}
     count, length = max(len(job.samples) for job in jobs), max(longest.values())
-    multiple = grid.tp_size if grid.config.sequence else 1
+    multiple = (grid.tp_size if grid.config.sequence else 1) * grid.config.pad_multiple
     inputs = []
     for job in jobs:
         # Between stages only tensors of one shape travel.

@@ -73,8 +73,8 @@ class CopiedTeacher(BaseTeacher):
         self.chunks = self._build(config)
         # A step of an average is a small fraction of a weight: bf16 would round most of it away.
         averages = kind == "ema" and config.dtype != "float32"
-        exact = ModelConfig(config.path, "float32", config.vocab_multiple)
-        self.master = self._build(exact) if averages else []
+        high = replace(config.without_fp8(), dtype="float32")
+        self.master = self._build(high) if averages else []
         self._copy()
         self.scorer = InPlace(self.chunks, student.arch, student.grid)
         self.turn = Turn(self._between_turns, enabled=offload)
