@@ -181,6 +181,12 @@ class Config:
 
     def _check_teacher(self) -> None:
         """One kind of teacher where the objective needs one, none where it does not."""
+        if self.teacher.kind == "initial" and not self.lora.rank:
+            raise UserError(
+                "teacher.kind = initial without lora.rank",
+                expected="adapters, under which the initial weights stay",
+                fix="set lora.rank, or teacher.kind=frozen with the student's checkpoint",
+            )
         for one in (self.teacher, *self.teachers.values()):
             if one.fp8 == "delayed":
                 raise UserError(

@@ -107,7 +107,7 @@ class Watchdog:
             if age > self.stall + 3 * self.interval:
                 report = self._judge()
                 if report and not self._stop.is_set():
-                    (self.dir / "report.txt").write_text(report + "\n")
+                    (self.dir / "stall.txt").write_text(report + "\n")
                     print(report, file=self.out, flush=True)
                     os._exit(EXIT_INTERNAL)
 

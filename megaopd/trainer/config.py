@@ -155,8 +155,9 @@ class TeacherConfig(ModelConfig):
     """The teacher's checkpoint, or how it follows the student; where it runs."""
 
     # frozen: the checkpoint at `path`. The others are the student itself and have no path: live,
-    # its current weights; ema, periodic and previous_epoch, a copy that follows it.
-    kind: Literal["frozen", "live", "ema", "periodic", "previous_epoch"] = "frozen"
+    # its current weights; initial, those under its LoRA adapters; ema, periodic and
+    # previous_epoch, a copy that follows it.
+    kind: Literal["frozen", "live", "initial", "ema", "periodic", "previous_epoch"] = "frozen"
     ema_decay: float = 0.999  # theta_T <- decay theta_T + (1 - decay) theta after every step
     sync_every: int = 100  # optimizer steps between two copies of kind "periodic"
     # same: the student's ranks and layout. regrouped: its ranks, laid out by [teacher_parallel].
@@ -184,9 +185,9 @@ class TeacherConfig(ModelConfig):
                 expected="same: a copy of the student lies where the student does",
                 fix="set teacher.placement=same",
             )
-        if self.kind == "live" and self.offload:
+        if self.kind in ("live", "initial") and self.offload:
             raise UserError(
-                "teacher.offload = true with teacher.kind = live",
+                f"teacher.offload = true with teacher.kind = {self.kind}",
                 expected="false: there is no copy to put away",
             )
 

@@ -192,3 +192,14 @@ def as_base(path, base, layout):
     assert not [n for n, _ in model.named_parameters() if "lora" in n]
     assert all(p.requires_grad for p in model.parameters())
     return {n: t.clone() for n, t in WeightStream(model, arch, grid)}
+
+
+def initial_teacher(paths, layout, kind):
+    """The curve of a student that is pulled back to where it began."""
+    from megaopd.trainer.teachers.selves import InitialTeacher
+
+    student, teacher, grid = make_student((paths[0], paths[0]), layout)
+    fill_b(student)
+    if kind == "adapters off":
+        teacher = InitialTeacher(student)
+    return train(student, teacher, grid, range(2), layout)

@@ -171,3 +171,12 @@ def test_resume(ranks, checkpoints, tmp_path):
     assert all(two[name].allclose(one[name], rtol=1e-6, atol=1e-7) for name in one)
     moved = [name for name in one if not one[name].equal(base[name])]
     assert len(moved) == 4 * 7  # q, k, v, o, gate, up, down of each layer
+
+
+@pytest.mark.parametrize("layout", [SINGLE, LAYOUTS["tp2-sp"], LAYOUTS["pp2"]])
+def test_the_initial_student_as_teacher_needs_no_copy(ranks, checkpoints, layout):
+    paths = checkpoints["qwen3"]
+    want = ranks.run(cases.initial_teacher, layout.world, paths, layout, "a copy")
+    have = ranks.run(cases.initial_teacher, layout.world, paths, layout, "adapters off")
+    assert have == want
+    assert all(loss > 0 and norm > 0 for loss, norm in want[0])

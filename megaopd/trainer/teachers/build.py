@@ -14,7 +14,7 @@ from megaopd.trainer.teachers.base import BaseTeacher
 from megaopd.trainer.teachers.exchange import RegroupedTeacher
 from megaopd.trainer.teachers.ranks import SeparateTeacher
 from megaopd.trainer.teachers.routed import RoutedTeachers, Router
-from megaopd.trainer.teachers.selves import CopiedTeacher, LiveTeacher
+from megaopd.trainer.teachers.selves import CopiedTeacher, InitialTeacher, LiveTeacher
 from megaopd.worlds import Bridge, second_layout
 
 Frozen = Mapping[str, tuple[ModelConfig, Architecture]]  # by name
@@ -37,6 +37,8 @@ def make_teacher(
     """
     if config.kind == "live":
         return LiveTeacher(student)
+    if config.kind == "initial":
+        return InitialTeacher(student)
     if config.follows:
         return CopiedTeacher(
             student,

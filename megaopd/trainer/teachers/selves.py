@@ -4,6 +4,7 @@ A teacher of the student's own size moves the student only where it knows more (
 privileged information) or where it is older (a past self, an average of past selves).
 
     live            the current weights: no second copy
+    initial         the weights under the student's LoRA adapters: no second copy
     ema             theta_T <- decay theta_T + (1 - decay) theta after every optimizer step
     periodic        theta_T <- theta after every n-th step
     previous_epoch  theta_T <- theta where an epoch of the prompts ends
@@ -19,7 +20,7 @@ from megaopd import platform
 from megaopd.models.chunks import build_chunks
 from megaopd.models.config import ModelConfig
 from megaopd.models.fp8 import plain
-from megaopd.models.lora import merged
+from megaopd.models.lora import adapters_off, merged
 from megaopd.trainer.batch import MicroBatch
 from megaopd.trainer.student import Student
 from megaopd.trainer.teacher import InPlace
@@ -44,6 +45,14 @@ class LiveTeacher(BaseTeacher):
     def output_weight(self, micro: MicroBatch | None = None) -> Any:
         # A view without history: the loss has no gradient for the teacher's side.
         return self.student.output_weight().detach()
+
+
+class InitialTeacher(LiveTeacher):
+    """The student without its adapters, as it was before training."""
+
+    def hidden_states(self, micro_batches: Sequence[MicroBatch]) -> list[Any]:
+        with adapters_off(self.student.chunks):
+            return super().hidden_states(micro_batches)
 
 
 class CopiedTeacher(BaseTeacher):
