@@ -4,7 +4,8 @@
     python tools/layout_table.py --cuda --dtype bfloat16 --out /tmp/layouts   # torchrun, NCCL
 
 A small student and a teacher of another width and depth, clipping active, micro-batches of unequal
-token counts (tests/dist/layouts.py). On the CPU the ranks are kept from one layout to the next.
+token counts (tests/dist/layouts.py); a mixture of experts, fine-tuned without a teacher, under
+expert parallel layouts. On the CPU the ranks are kept from one layout to the next.
 """
 
 import argparse
@@ -21,16 +22,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.dist import layouts  # noqa: E402
-from tests.dist.layouts import LAYOUTS, SINGLE, Layout  # noqa: E402
+from tests.dist.families import CASES  # noqa: E402
+from tests.dist.layouts import EXPERT_LAYOUTS, LAYOUTS, SINGLE, Layout  # noqa: E402
+from tests.dist.pool import Ranks  # noqa: E402
 
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 
 
-def on_cpu(paths: tuple[str, str], values: dict[str, Any]) -> Any:
+def on_cpu(ranks: Any, paths: tuple[str, str], values: dict[str, Any]) -> Any:
     """run(layout) on ranks of a pool: what its rank 0 found."""
-    from tests.dist.pool import Ranks
-
-    ranks = Ranks(4)
 
     def run(layout: Layout) -> Any:
         found = ranks.run(layouts.trajectory, layout.world, paths, layout, timeout=600, **values)
@@ -68,23 +68,33 @@ def run_job(job: str) -> None:
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a layout: largest relative differences of loss and gradient norm over the steps."""
-    rows = []
+    values = {"steps": arguments.steps, "dtype": arguments.dtype, "lr": arguments.lr}
+    rows, ranks = [], Ranks(4)  # which start when they are needed
     with tempfile.TemporaryDirectory() as folder:
-        paths = layouts.checkpoints(Path(folder), tied=True)
-        where = on_gpus if arguments.cuda else on_cpu
-        run = where(paths, {"steps": arguments.steps, "dtype": arguments.dtype, "lr": arguments.lr})
-        single = run(SINGLE)
-        for name in arguments.only or LAYOUTS:
-            layout = LAYOUTS[name]
-            row: dict[str, Any] = {"layout": name, **layout._asdict()}
-            if arguments.cuda and layout.world > _gpus():
-                row["skipped"] = f"needs {layout.world} GPUs"
-            else:
-                loss, norm, weights = layouts.differences(single, run(layout))
-                row |= {"loss": loss, "grad_norm": norm, "weights": weights}
-            rows.append(row)
-            print(_line(row), flush=True)
+        dense = layouts.checkpoints(Path(folder), tied=True)
+        experts = (CASES["qwen3_moe"].save(Path(folder), "experts"), "")
+        for group, paths, more in (
+            (LAYOUTS, dense, {}),
+            (EXPERT_LAYOUTS, experts, {"loss": "sft"}),
+        ):
+            wanted = [name for name in group if name in (arguments.only or group)]
+            if not wanted:
+                continue
+            job = (paths, {**values, **more})
+            run = on_gpus(*job) if arguments.cuda else on_cpu(ranks, *job)
+            single = run(SINGLE)
+            for name in wanted:
+                rows.append(_row(name, group[name], run, single, arguments.cuda))
+                print(_line(rows[-1]), flush=True)
     return rows
+
+
+def _row(name: str, layout: Layout, run: Any, single: Any, cuda: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {"layout": name, **layout._asdict()}
+    if cuda and layout.world > _gpus():
+        return row | {"skipped": f"needs {layout.world} GPUs"}
+    loss, norm, weights = layouts.differences(single, run(layout))
+    return row | {"loss": loss, "grad_norm": norm, "weights": weights}
 
 
 def _gpus() -> int:
@@ -94,7 +104,7 @@ def _gpus() -> int:
 
 
 def _line(row: dict[str, Any]) -> str:
-    sizes = [f"{key} {row[key]}" for key in ("tensor", "context", "pipeline", "virtual")]
+    sizes = [f"{key} {row[key]}" for key in ("tensor", "context", "pipeline", "virtual", "expert")]
     split = [size for size in sizes if not size.endswith(" 1")]
     per_copy = row["tensor"] * row["context"] * row["pipeline"]
     if row["world"] > per_copy:
@@ -130,7 +140,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3, help="the larger, the more of rounding")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--cuda", action="store_true", help="on this machine's GPUs, by torchrun")
-    parser.add_argument("--only", nargs="*", choices=list(LAYOUTS), help="these layouts")
+    parser.add_argument(
+        "--only", nargs="*", choices=[*LAYOUTS, *EXPERT_LAYOUTS], help="these layouts"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "docs/layouts")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
