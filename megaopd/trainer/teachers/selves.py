@@ -14,6 +14,7 @@ ranks. A frozen copy of the initial student is an ordinary Teacher on the studen
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megaopd import platform
