@@ -137,7 +137,7 @@ def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--lr", type=float, default=2e-3, help="the larger, the more of rounding")
+    parser.add_argument("--lr", type=float, default=5e-4, help="the larger, the more of rounding")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--cuda", action="store_true", help="on this machine's GPUs, by torchrun")
     parser.add_argument(
