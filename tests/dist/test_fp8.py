@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.dist.models import save_tiny
-from tests.dist.test_trajectory import samples
+from tests.dist.layouts import samples
 
 # Per tensor rank every dimension is a whole number of 128-blocks, so that blocks do not depend on
 # the layout either.
