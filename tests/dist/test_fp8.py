@@ -5,8 +5,8 @@ import multiprocessing
 import pytest
 import torch
 
-from tests.dist.models import save_tiny
 from tests.dist.layouts import samples
+from tests.dist.models import save_tiny
 
 # Per tensor rank every dimension is a whole number of 128-blocks, so that blocks do not depend on
 # the layout either.
