@@ -5,8 +5,8 @@ import multiprocessing
 import pytest
 import torch
 
+from tests.dist.layouts import samples
 from tests.dist.models import save_tiny
-from tests.dist.test_trajectory import samples
 
 # Per tensor rank every dimension is a whole number of 128-blocks, so that blocks do not depend on
 # the layout either.
@@ -149,6 +149,8 @@ def trajectory(paths, layout, settings, *, look=False, stop=0, directory=""):
     curve, first = [], 0
     if directory and not stop:
         state = student.sharded_state(loading=True)
+        if grid.world_size > 1:
+            del state["rng"]  # as Checkpoints.load does under another layout
         student.load_sharded_state(load_sharded(state, Path(directory)))
         first = 2
     for step in range(first, stop or STEPS):
@@ -185,15 +187,15 @@ RECIPES = {
 }
 
 
-PP2 = ((1, 2, False), 3, 1e-5)
+PP2 = ((1, 2, False), 1, 1e-5)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_trajectory_under_every_layout(ranks, checkpoints, recipe):
-    """Pipeline stages do the same sums: nearly bit for bit, until rounding meets an FP8 edge.
+    """Pipeline stages do the same sums, tensor ranks sum in another order.
 
-    Tensor ranks sum in another order, which carries single numbers over the edge between two FP8
-    numbers (a step of 6%). The first step tells; later ones drift apart in this random model.
+    That carries single numbers over the edge between two FP8 numbers (a step of 6%). The first step
+    tells; then the weights differ by rounding, and runs of this random model drift apart.
     """
     settings = RECIPES[recipe]
     ((want, _),) = ranks.run(trajectory, 1, checkpoints, (1, 1, False), settings)
@@ -204,7 +206,9 @@ def test_the_trajectory_under_every_layout(ranks, checkpoints, recipe):
             error = difference(curve[:steps], want[:steps])
             print(f"{recipe} {layout}: {error:.1e} in {steps} steps (without FP8: {off:.1e})")
             assert error < bound < off
-            assert difference(curve, want) < 0.5
+            each = [difference([a], [b]) for a, b in zip(curve, want, strict=True)]
+            print("by step:", " ".join(f"{one:.1e}" for one in each))
+            assert max(each) < 0.5
 
 
 def test_a_pass_without_gradients_changes_nothing(ranks, checkpoints):
