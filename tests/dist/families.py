@@ -259,8 +259,8 @@ def _gradients(model: Any, arch: Any, grid: Any, reference: Any, ids: Any) -> tu
 
     # A distributed optimizer would leave each rank the sum of its own part only.
     optim = OptimConfig(lr=1e-9, distributed=False)
-    ddp = wrap_ddp(model.train(), optim, grid)
-    optimizer = make_optimizer(ddp, optim, grid)
+    (ddp,) = wrap_ddp([model.train()], optim, grid)
+    optimizer = make_optimizer([ddp], optim, grid)
     backward(ddp, model, arch, grid, ids, labels)
     stream = WeightStream(model, arch, grid)
     zero = torch.zeros(arch.experts.count if arch.experts else 0)

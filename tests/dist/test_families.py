@@ -71,7 +71,7 @@ def aux_gradients(path, layout):
     arch = architecture(read_hf_config(path))
     model = build_model(arch, ModelConfig(path=path, moe_aux_loss_coef=0.5), grid)
     load_hf_weights(model, path, arch, grid)
-    ddp = wrap_ddp(model, OptimConfig(lr=1e-9, distributed=False), grid)
+    (ddp,) = wrap_ddp([model], OptimConfig(lr=1e-9, distributed=False), grid)
     ids = tokens(4)
     backward(ddp, model, arch, grid, ids, ids, weight=0.0)
     stream = WeightStream(model, arch, grid)
