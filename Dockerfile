@@ -35,10 +35,10 @@ LABEL org.opencontainers.image.title="megaopd trainer" \
 COPY . .
 RUN /opt/venv/bin/pip install --no-deps --no-build-isolation -e . \
  && useradd --create-home --uid 10001 --user-group megaopd \
- && mkdir -p /work && chown megaopd:megaopd /work
+ && mkdir -p /shared && chown megaopd:megaopd /shared
 ENV PATH=/opt/venv/bin:$PATH SKIP_ENV=1 HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 USER 10001:10001
-WORKDIR /work
+WORKDIR /shared
 CMD ["megaopd", "doctor"]
 
 # --- SGLang servers, and training beside them (server.placement = colocated) ---------------------------
@@ -51,11 +51,11 @@ COPY . .
 # SGLang runs in the base's own environment, with the packages that it was released with.
 RUN /opt/venv/bin/pip install --no-deps --no-build-isolation -e . \
  && useradd --create-home --uid 10001 --user-group megaopd \
- && mkdir -p /work && chown megaopd:megaopd /work
+ && mkdir -p /shared && chown megaopd:megaopd /shared
 ENV PATH=/opt/venv/bin:$PATH MEGAOPD_SGLANG_PYTHON=/usr/bin/python3 SKIP_ENV=1 \
     HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 USER 10001:10001
-WORKDIR /work
+WORKDIR /shared
 CMD ["megaopd", "doctor"]
 
 # --- tests and quickstart without a GPU ----------------------------------------------------------------

@@ -27,6 +27,9 @@ RECIPES = {
     "qwen3_8b_to_1p7b_colocated": 8,
     "qwen3_32b_to_8b_3nodes": 16,
     "qwen3_32b_to_8b_served_teacher": 8,
+    "qwen3_32b_to_8b_16gpu": 16,
+    "qwen3_235b_to_32b_64gpu": 64,
+    "llama_70b_to_8b_8gpu": 8,
 }
 
 
