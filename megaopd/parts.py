@@ -54,7 +54,8 @@ MISMATCH = ("rollout_log_prob_diff", "rollout_k3", "rollout_ess")
 COLUMNS = ("reward", "grad_norm", "response_length", "tokens_per_s")
 # What of the objective's metrics an evaluation reports.
 EVALUATED = (
-    "kl", "distill", "bucket_kl", "mass_student", "entropy", "teacher_entropy", "rollout_k3",
+    "kl", "distill", "log_ratio", "bucket_kl", "mass_student", "entropy", "teacher_entropy",
+    "rollout_k3",
 )  # fmt: skip
 
 

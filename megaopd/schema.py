@@ -216,6 +216,13 @@ class Config:
                 expected="a teacher checkpoint, or the addresses of servers that hold one",
                 fix="set teacher.path or remote_teacher.addresses, or objective.loss=sft",
             )
+        if not self.objective.needs_teacher and self.data.teacher_sees:
+            raise UserError(
+                f"data.teacher_sees = {self.data.teacher_sees} with objective.loss = "
+                f"{self.objective.loss}",
+                expected="a teacher that reads it",
+                fix="remove data.teacher_sees, or set objective.loss=rkl",
+            )
         if not self.objective.needs_teacher and given:
             raise UserError(
                 f"{given[0]} = {kinds[given[0]]} with objective.loss = {self.objective.loss}",

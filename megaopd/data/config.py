@@ -20,6 +20,13 @@ class DataConfig:
     max_prompt_tokens: int = 1024  # longest prompt
     too_long: Literal["refuse", "skip"] = "refuse"  # a longer prompt stops the run, or is left out
     verifier: str = "math"  # task of file lines that have an answer but name no task
+    # What the teacher's prompt holds beside the student's (data/privileged.py); "": nothing. A file
+    # line's own teacher_prompt goes before it.
+    teacher_sees: Literal["", "solution", "answer", "masked", "instruction", "system", "think"] = ""
+    solution_key: str = "solution"  # of a prompt's other keys: solution, masked and think read it
+    # instruction, system: the text. solution, answer, masked: where {prompt} and {pi} stand.
+    teacher_text: str = ""
+    mask_share: float = 0.5  # of the solution's words, with teacher_sees = masked
 
     def __post_init__(self) -> None:
         if not self.source or self.source == "task:":
@@ -38,6 +45,34 @@ class DataConfig:
                 "data.system is set, but data.template = 'raw' has no place for it",
                 fix='data.template="chat"',
             )
+
+        self._check_privileged()
+
+    def _check_privileged(self) -> None:
+        kind, text = self.teacher_sees, self.teacher_text
+        if kind in ("system", "think") and self.template == "raw":
+            raise UserError(
+                f"data.teacher_sees = {kind} with data.template = raw",
+                expected="a chat template, which has a place for it",
+                fix='set data.template="chat", or data.teacher_sees=instruction',
+            )
+        if kind in ("instruction", "system") and not text:
+            raise UserError(
+                f"data.teacher_sees = {kind} without data.teacher_text",
+                expected="the text that the teacher is given",
+            )
+        around = kind in ("solution", "answer", "masked") and text
+        if around and not ("{prompt}" in text and "{pi}" in text):
+            raise UserError(
+                f"data.teacher_text = {text!r}", expected="a text with {prompt} and {pi} in it"
+            )
+        if text and kind in ("", "think"):
+            raise UserError(
+                f"data.teacher_text is set with data.teacher_sees = {kind!r}",
+                expected="one of solution, answer, masked, instruction, system, which read it",
+            )
+        if not 0 <= self.mask_share <= 1:
+            raise UserError(f"data.mask_share = {self.mask_share}", expected="from 0 to 1")
 
     @property
     def task(self) -> str | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megaopd.data.config import DataConfig
+from megaopd.data.privileged import teacher_version
 from megaopd.data.tasks import get_task
 from megaopd.data.types import Prompt
 from megaopd.errors import UserError
@@ -146,7 +147,18 @@ def generate(config: DataConfig, tokenizer: Any, index: int) -> Prompt | None:
         if config.too_long == "skip":
             return None
         raise _too_long(config, 1, name, len(ids), len(ids))
-    return Prompt(name, ids, text, example.answer, task.name, example.meta)
+    told = None
+    if config.teacher_sees:
+        told = _told(example.prompt, example.answer, example.meta, config, tokenizer, name)
+    return Prompt(name, ids, text, example.answer, task.name, example.meta, told)
+
+
+def _told(
+    prompt: Any, answer: str | None, meta: dict[str, Any], config: DataConfig, tok: Any, name: str
+) -> tuple[int, ...]:
+    """Token ids of what the teacher reads in place of the prompt."""
+    told, behind = teacher_version(prompt, answer, meta, config, name)
+    return _tokenize([_render(told, config, tok, name) + behind], [name], tok)[0]
 
 
 def load_file(config: DataConfig, tokenizer: Any) -> tuple[list[Prompt], int]:
@@ -173,7 +185,10 @@ def load_file(config: DataConfig, tokenizer: Any) -> tuple[list[Prompt], int]:
         if task:
             _check_task(task, place)
         name = record.get("id") or place
-        prompts.append(Prompt(name, ids, text, answer, task, meta, told.get(place)))
+        mine = told.get(place)
+        if mine is None and config.teacher_sees:
+            mine = _told(record["prompt"], answer, meta, config, tokenizer, place)
+        prompts.append(Prompt(name, ids, text, answer, task, meta, mine))
 
     repeated = [name for name, count in Counter(p.id for p in prompts).items() if count > 1]
     if repeated:

@@ -1,0 +1,84 @@
+"""What the teacher alone reads: privileged information, put into its prompt (data.teacher_sees).
+
+    solution     the whole solution (data.solution_key of the prompt's other keys)
+    answer       the final answer alone
+    masked       the solution with a share of its words replaced by "___"
+    instruction  data.teacher_text, the same for every prompt, behind the question
+    system       data.teacher_text as the system message in place of data.system
+    think        the solution as the model's own thoughts, already written when it answers
+
+An instance's own solution and a rule that all prompts share behave differently: the student learns
+the geometric mean over what it cannot see ("The Many Faces of OPD", self-distillation).
+"""
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from megaopd.data.config import DataConfig
+from megaopd.errors import UserError
+
+Messages = list[dict[str, str]]
+
+MASK = "___"
+AROUND = {"raw": "{pi}\n{prompt}", "chat": "{prompt}\n\nA reference solution:\n{pi}"}
+THOUGHTS = "<think>\n{pi}\n</think>\n\n"
+
+
+def teacher_version(
+    prompt: str | Messages,
+    answer: str | None,
+    meta: Mapping[str, Any],
+    config: DataConfig,
+    name: str,
+) -> tuple[str | Messages, str]:
+    """The prompt that the teacher reads, not rendered yet, and text to stand behind it rendered.
+
+    Raises:
+        UserError: the prompt lacks what the teacher is to see.
+    """
+    kind = config.teacher_sees
+    if kind == "system":
+        rest = prompt if isinstance(prompt, str) else [m for m in prompt if m["role"] != "system"]
+        messages = [{"role": "user", "content": rest}] if isinstance(rest, str) else rest
+        return [{"role": "system", "content": config.teacher_text}, *messages], ""
+    if kind == "instruction":
+        raw = config.template == "raw"
+        shape = (
+            f"{config.teacher_text}\n{{prompt}}" if raw else f"{{prompt}}\n\n{config.teacher_text}"
+        )
+        return _around(prompt, shape, ""), ""
+    told = _information(answer, meta, config, name)
+    if kind == "think":
+        return prompt, THOUGHTS.replace("{pi}", told)
+    return _around(prompt, config.teacher_text or AROUND[config.template], told), ""
+
+
+def _information(answer: str | None, meta: Mapping[str, Any], config: DataConfig, name: str) -> str:
+    kind, key = config.teacher_sees, config.solution_key
+    found = answer if kind == "answer" else meta.get(key)
+    if not isinstance(found, str) or not found:
+        lacks = "answer" if kind == "answer" else key
+        raise UserError(
+            f"{name} has no {lacks!r}, and data.teacher_sees = {kind}",
+            expected="a text that the teacher can be shown",
+            fix="set data.solution_key, or data.teacher_sees=answer",
+        )
+    if kind != "masked":
+        return found
+    rng = random.Random(f"mask/{config.seed}/{name}")
+    words = [MASK if rng.random() < config.mask_share else word for word in found.split(" ")]
+    return " ".join(words)
+
+
+def _around(prompt: str | Messages, shape: str, told: str) -> str | Messages:
+    """The question inside `shape`; of chat messages the last one is the question."""
+
+    def put(question: str) -> str:
+        # Not str.format: braces in a question or a solution are text.
+        before, _, after = shape.partition("{prompt}")
+        return before.replace("{pi}", told) + question + after.replace("{pi}", told)
+
+    if isinstance(prompt, str):
+        return put(prompt)
+    return [*prompt[:-1], {**prompt[-1], "content": put(prompt[-1]["content"])}]
