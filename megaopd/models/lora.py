@@ -179,7 +179,8 @@ def _attach(parent: Any, linear: Any, name: str, config: LoraConfig, model: Any,
         delta = adapter(_after_fused_norm(module, inputs[0]))
         return torch.add(output[0], delta, alpha=adapter.scale), output[1]
 
-    adapter.handle = linear.register_forward_hook(add)
+    # Before the layer's own hooks: a norm behind the layer (modules.with_post_norm).
+    adapter.handle = linear.register_forward_hook(add, prepend=True)
 
 
 def _after_fused_norm(linear: Any, x: Tensor) -> Tensor:
