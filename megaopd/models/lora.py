@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megaopd.errors import UserError
 from megaopd.models.config import LoraConfig
-from megaopd.models.fp8 import EXTRA
+from megaopd.models.fp8 import EXTRA, remember_value
 
 SUFFIX = "_lora"
 MODULES = {"qkv": "linear_qkv", "proj": "linear_proj", "fc1": "linear_fc1", "fc2": "linear_fc2"}
@@ -237,7 +237,9 @@ def fold(model: Any) -> None:
         for name, adapter in list(parent.named_children()):
             if isinstance(adapter, Adapter):
                 linear = getattr(parent, adapter.name)
-                linear.weight.data.copy_(adapter.merged(linear.weight.detach()))
+                value = adapter.merged(linear.weight.detach())
+                linear.weight.data.copy_(value)
+                remember_value(linear.weight, value)
                 adapter.handle.remove()
                 del linear.weight.adapter
                 delattr(parent, name)
