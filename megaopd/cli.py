@@ -1,7 +1,6 @@
 """megaopd train | eval | plan | convert | report | doctor | quickstart: parse, build, run."""
 
 import argparse
-import math
 import os
 import sys
 import time
@@ -160,11 +159,11 @@ def _in_ranks(arguments: argparse.Namespace, config: Any, here: Any) -> int:
         return here()
     if arguments.restarts < 0:
         raise UserError(f"--restarts {arguments.restarts}", expected="0 or more")
-    own, teachers = config.parallel.model_parallel, config.teacher_parallel.ranks
+    own, teachers = config.student_ranks, config.teacher_parallel.ranks
     ranks = arguments.ranks or config.ranks
     if ranks <= teachers or (ranks - teachers) % own:
         also = f", and {teachers} for the teacher" if teachers else ""
-        raise UserError(f"--ranks {ranks}", expected=f"a multiple of {own} (tp x pp){also}")
+        raise UserError(f"--ranks {ranks}", expected=f"a multiple of {own}, by the layout{also}")
     return run_ranks(arguments.argv, ranks, port=arguments.port, restarts=arguments.restarts)
 
 
@@ -190,8 +189,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     check_expert_use([arch], layout)
     if not under_torchrun():
         check_new_dir(arguments.out)
-        stage = math.lcm(layout.tensor, layout.expert)
-        return run_ranks(arguments.argv, layout.pipeline * stage)
+        return run_ranks(arguments.argv, layout.least_ranks)
     from megaopd.models import convert
 
     model = ModelConfig(path=str(arguments.source), dtype=dtype)

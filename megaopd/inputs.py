@@ -138,12 +138,13 @@ def check_run_dir(config: Config, *, has_checkpoints: bool) -> None:
         )
     before = config_io.read_toml(directory / "config.toml")
     changed = []
-    for section, values in config_io.to_dict(config).items():
+    for section, now in config_io.to_dict(config).items():
         if section in ("parallel", "teacher_parallel", "server", "checkpoint", "report", "eval"):
             continue
-        for key, value in values.items():
-            if (section, key) not in MAY_CHANGE and before.get(section, {}).get(key) != value:
-                changed.append(f"{section}.{key}: {before.get(section, {}).get(key)} -> {value}")
+        then = before.get(section, {})
+        for key in dict.fromkeys([*now, *then]):  # one of several teachers may have gone
+            if (section, key) not in MAY_CHANGE and then.get(key) != now.get(key):
+                changed.append(f"{section}.{key}: {then.get(key)} -> {now.get(key)}")
     if changed:
         raise UserError(
             f"{directory} holds another run's checkpoints ({'; '.join(changed[:4])})",

@@ -60,6 +60,12 @@ class ParallelConfig:
         """Ranks that work on one sequence: one copy of the model, times context parallel."""
         return self.tensor * self.pipeline * self.context
 
+    @property
+    def least_ranks(self) -> int:
+        """The fewest ranks of this layout, and what their number is a multiple of: experts are
+        split over all ranks of a pipeline stage."""
+        return self.pipeline * math.lcm(self.tensor * self.context, self.expert)
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -163,7 +169,7 @@ def make_grid(config: ParallelConfig, *, seed: int = 1234) -> Grid:
     """Lay the world out as `config` says (replacing an earlier layout) and seed the RNG tracker.
 
     Raises:
-        UserError: the world size is not a multiple of tensor x pipeline.
+        UserError: the world size is not a multiple of what the layout needs.
     """
     import torch.distributed as dist
 

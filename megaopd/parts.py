@@ -27,7 +27,7 @@ from megaopd.inputs import (
     student_tokenizer,
 )
 from megaopd.models.arch import architecture, check_layout, padded_vocab, read_hf_config
-from megaopd.models.layout import check_expert_use
+from megaopd.models.layout import check_expert_use, check_lora_targets
 from megaopd.objectives.alarms import new_alarms
 from megaopd.parallel import Grid, make_grid
 from megaopd.report.metrics import MetricLogger, read_metrics
@@ -71,10 +71,16 @@ def build_parts(config: Config, *, training: bool = True, bridge: Bridge | None 
     """
     arch = architecture(read_hf_config(config.student.hf_dir), where=config.student.path)
     check_layout(arch, config.parallel, who="student")
+    check_lora_targets(arch, config.lora)
     tokenizer = student_tokenizer(config)
     frozen = frozen_teachers(config, tokenizer)
-    archs = [arch, *(a for _, a in frozen.values())]
-    check_expert_use(archs, config.parallel)
+    taught = [a for _, a in frozen.values()]
+    archs = [arch, *taught]
+    if config.teacher.placement == "same":
+        check_expert_use(archs, config.parallel)
+    else:
+        check_expert_use([arch], config.parallel)
+        check_expert_use(taught, config.teacher_parallel)
     prompts = PromptStream(config.data, tokenizer)
     if config.teacher.kind == "previous_epoch" and not prompts.size:
         raise UserError(

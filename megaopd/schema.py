@@ -3,6 +3,7 @@
 Importable without torch, so that a bad configuration is refused before anything starts.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,7 +188,22 @@ class Config:
                 expected="adapters, under which the initial weights stay",
                 fix="set lora.rank, or teacher.kind=frozen with the student's checkpoint",
             )
+        if self.teacher.fp8 != "none" and not self.teacher.path:
+            raise UserError(
+                f"teacher.fp8 = {self.teacher.fp8} without teacher.path",
+                expected="FP8 of the checkpoint at teacher.path; a copy of the student has its "
+                "precision, and each of several teachers its own",
+                fix="set student.fp8 or teachers.NAME.fp8, or remove teacher.fp8",
+            )
         for one in (self.teacher, *self.teachers.values()):
+            put_away = self.teacher.offload or self.server.placement == "colocated"
+            if one.fp8_params and put_away:
+                raise UserError(
+                    "teacher.fp8_params = true with teacher.offload = true or server.placement = "
+                    "colocated",
+                    expected="parameters that can be put away: FP8 ones are not plain tensors",
+                    fix="set teacher.fp8_params=false",
+                )
             if one.fp8 == "delayed":
                 raise UserError(
                     "teacher.fp8 = delayed",
@@ -244,7 +260,14 @@ class Config:
     @property
     def ranks(self) -> int:
         """The fewest ranks that this run takes."""
-        return self.parallel.model_parallel + self.teacher_parallel.ranks
+        return self.student_ranks + self.teacher_parallel.ranks
+
+    @property
+    def student_ranks(self) -> int:
+        """The fewest of the student, and what their number is a multiple of."""
+        regrouped = self.teacher.placement == "regrouped"
+        layouts = [self.parallel, *([self.teacher_parallel] if regrouped else [])]
+        return math.lcm(*(layout.least_ranks for layout in layouts))
 
     @property
     def top_ids(self) -> int:

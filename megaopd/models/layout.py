@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from megaopd.errors import UserError
+from megaopd.models.config import LoraConfig
 from megaopd.parallel import ParallelConfig
 
 if TYPE_CHECKING:
@@ -82,7 +83,24 @@ def check_expert_use(archs: "Sequence[Architecture]", parallel: ParallelConfig) 
     """Refuse expert parallel for a run in which no model has experts."""
     if parallel.expert > 1 and not any(arch.experts for arch in archs):
         raise UserError(
-            f"parallel.expert = {parallel.expert} for {', '.join(arch.family for arch in archs)}",
+            f"expert parallel {parallel.expert} for {', '.join(arch.family for arch in archs)}",
             expected="expert parallel where a model is a mixture of experts",
-            fix="set parallel.expert=1",
+            fix="set expert=1 in its layout",
+        )
+
+
+def check_lora_targets(arch: "Architecture", lora: LoraConfig) -> None:
+    """Refuse targets that some layer does not have as one dense matrix, before weights are read."""
+    lacks: dict[str, str] = {}
+    if arch.latent:
+        lacks["qkv"] = "latent attention, whose projections are several"
+    if arch.experts and any(arch.experts.sparse):
+        lacks |= dict.fromkeys(("fc1", "fc2"), "layers of experts")
+    wrong = [target for target in lora.targets if target in lacks] if lora.rank else []
+    if wrong:
+        left = [target for target in lora.targets if target not in lacks]
+        raise UserError(
+            f"lora.targets holds {wrong[0]}: {arch.family} has {lacks[wrong[0]]}",
+            expected="one dense linear layer of that name in every transformer layer",
+            fix=f"set lora.targets={left or ['proj']}",
         )

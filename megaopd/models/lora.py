@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megaopd.errors import UserError
 from megaopd.models.config import LoraConfig
-from megaopd.models.fp8 import EXTRA
+from megaopd.models.fp8 import EXTRA, remember_value
 
 SUFFIX = "_lora"
 MODULES = {"qkv": "linear_qkv", "proj": "linear_proj", "fc1": "linear_fc1", "fc2": "linear_fc2"}
@@ -179,7 +179,8 @@ def _attach(parent: Any, linear: Any, name: str, config: LoraConfig, model: Any,
         delta = adapter(_after_fused_norm(module, inputs[0]))
         return torch.add(output[0], delta, alpha=adapter.scale), output[1]
 
-    adapter.handle = linear.register_forward_hook(add)
+    # Before the layer's own hooks: a norm behind the layer (modules.with_post_norm).
+    adapter.handle = linear.register_forward_hook(add, prepend=True)
 
 
 def _after_fused_norm(linear: Any, x: Tensor) -> Tensor:
@@ -236,7 +237,9 @@ def fold(model: Any) -> None:
         for name, adapter in list(parent.named_children()):
             if isinstance(adapter, Adapter):
                 linear = getattr(parent, adapter.name)
-                linear.weight.data.copy_(adapter.merged(linear.weight.detach()))
+                value = adapter.merged(linear.weight.detach())
+                linear.weight.data.copy_(value)
+                remember_value(linear.weight, value)
                 adapter.handle.remove()
                 del linear.weight.adapter
                 delattr(parent, name)

@@ -48,12 +48,15 @@ def with_post_norm(linear: Any, norm: Any) -> type:
             self.post_norm = norm(
                 config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
             )
-
-        def forward(self, x: Any) -> Any:
-            output, bias = super().forward(x)
-            return self.post_norm(output if bias is None else output + bias), None
+            # A hook: an adapter's, which comes first (models/lora.py), adds to what is normalised.
+            self.register_forward_hook(_apply_post_norm)
 
     return PostNormLinear
+
+
+def _apply_post_norm(module: Any, inputs: Any, output: tuple[Any, Any]) -> tuple[Any, None]:
+    y, bias = output
+    return module.post_norm(y if bias is None else y + bias), None
 
 
 def with_bias(linear: Any) -> type:

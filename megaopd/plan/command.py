@@ -1,11 +1,12 @@
 """`megaopd plan`: from a configuration to a printed plan."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from megaopd.errors import UserError
-from megaopd.plan.configured import job_of
+from megaopd.plan.configured import job_of, left_out
 from megaopd.plan.hardware import find_gpu
 from megaopd.plan.job import check_job
 from megaopd.plan.report import as_dict, print_plan
@@ -31,7 +32,11 @@ def plan(
     if gpus < 1:
         raise UserError(f"--gpus {gpus}", expected="at least 1")
     kind = find_gpu(gpu)
-    job = job_of(load_config(config, overrides), gpus, teacher_layout=teacher_layout)
+    run = load_config(config, overrides)
+    job = job_of(run, gpus, teacher_layout=teacher_layout)
+    unknown = ", ".join(left_out(run))
+    if unknown:
+        print(f"megaopd: this plan is made without {unknown}", file=sys.stderr)
     check_job(job)
     found = evaluate(job, kind)
     result = search(job, kind) if suggest else None

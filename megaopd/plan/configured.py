@@ -1,5 +1,6 @@
 """A Job from a run's configuration."""
 
+from dataclasses import asdict
 from typing import Any
 
 from megaopd.config import build
@@ -17,7 +18,8 @@ def job_of(config: Config, world: int, *, teacher_layout: str = "") -> Job:
     """The step that `config` describes on `world` ranks, at its longest sequences.
 
     Args:
-        teacher_layout: "tensor=8,sequence=true"; empty: the student's.
+        teacher_layout: "tensor=8,sequence=true"; empty: [teacher_parallel] of a regrouped
+            teacher, else the student's.
 
     Raises:
         UserError: a model that is not known, a layout that does not divide.
@@ -64,7 +66,31 @@ def _side(model: Any, layout: ParallelConfig) -> Side:
 def _teacher(config: Config, layout: str) -> Side | None:
     if not config.teacher.path:
         return None
-    return _side(config.teacher, parse_layout(layout) if layout else config.parallel)
+    if layout:
+        return _side(config.teacher, parse_layout(layout))
+    if config.teacher.placement == "regrouped":
+        own = asdict(config.teacher_parallel)
+        del own["ranks"]
+        return _side(config.teacher, ParallelConfig(**own))
+    return _side(config.teacher, config.parallel)
+
+
+def left_out(config: Config) -> list[str]:
+    """Settings that change memory or time and that a plan does not know: it is made without."""
+    teacher = config.teacher
+    said = {
+        f"lora.rank = {config.lora.rank}": config.lora.rank,
+        f"student.fp8 = {config.student.fp8}": config.student.fp8 != "none",
+        f"teacher.fp8 = {teacher.fp8}": teacher.fp8 != "none",
+        f"teacher.kind = {teacher.kind}": teacher.follows,
+        f"teacher.placement = {teacher.placement}": teacher.placement == "separate",
+        f"teacher.offload = {teacher.offload}": teacher.offload,
+        "[teachers]": config.teachers,
+        "trainer.micro_batch_tokens": config.trainer.micro_batch_tokens,
+        f"optim.cpu_offload = {config.optim.cpu_offload}": config.optim.cpu_offload,
+        f"optim.state_dtype = {config.optim.state_dtype}": config.optim.state_dtype != "float32",
+    }
+    return [what for what, given in said.items() if given]
 
 
 def _rollout(config: Config) -> Any:

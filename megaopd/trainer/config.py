@@ -213,10 +213,10 @@ class TeacherParallelConfig(ParallelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ranks < 0 or self.ranks % self.model_parallel:
+        if self.ranks < 0 or self.ranks % self.least_ranks:
             raise UserError(
                 f"teacher_parallel.ranks = {self.ranks}",
-                expected=f"a multiple of {self.model_parallel} (tensor x pipeline)",
+                expected=f"a multiple of {self.least_ranks}, by its tensor, pipeline and expert",
             )
         if self.context > 1 or self.virtual > 1:
             raise UserError(

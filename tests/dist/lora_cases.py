@@ -155,6 +155,18 @@ def export(paths, layout, out):
     return on, off, base, rank_0
 
 
+def beside_and_folded(paths, layout):
+    """Logits with adapters beside the layers, and with the same ones written into the weights."""
+    from megaopd.models.lora import fold
+    from tests.dist.test_models import logits
+
+    student, _, grid = make_student(paths, layout)
+    fill_b(student)
+    beside = logits(student.model, tokens(), grid)
+    fold(student.model)
+    return beside, logits(student.model, tokens(), grid)
+
+
 def resume(paths, layout, directory, *, save):
     """Save after two steps, or load and go on: (the last steps' curve, names in the checkpoint)."""
     from pathlib import Path

@@ -7,6 +7,7 @@ import transformers
 from megaopd.models.arch import architecture, read_hf_config
 from megaopd.models.rules import GateUp, Qkv
 from tests.dist import lora_cases as cases
+from tests.dist.families import CASES
 from tests.dist.layouts import LAYOUTS, SINGLE, Layout, differences, samples
 from tests.dist.models import save_tiny, tokens
 
@@ -55,6 +56,13 @@ def test_same_trajectory_under_every_layout(ranks, checkpoints, reference, name,
     loss, norm, size = differences(reference(family), per_rank[0])
     print(f"{name} {family}: loss {loss:.1e}, gradient norm {norm:.1e}, weights {size:.1e}")
     assert loss <= 2e-6 and norm <= 1e-5 and size <= 1e-5, (loss, norm, size)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_a_norm_behind_a_layer_sees_the_adapter(ranks, tmp_path, family):
+    path = CASES[family].save(tmp_path, "model")
+    for beside, folded in ranks.run(cases.beside_and_folded, 2, (path, path), LAYOUTS["tp2-sp"]):
+        assert (beside - folded).abs().max() <= 1e-4 * folded.abs().max()
 
 
 def test_the_trajectory_moves(reference):

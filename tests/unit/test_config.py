@@ -11,6 +11,7 @@ import pytest
 import megaopd
 from megaopd import config as config_io
 from megaopd.errors import UserError
+from megaopd.inputs import check_run_dir
 from megaopd.recipes import recipe
 from megaopd.schema import Config, load_config
 from megaopd.trainer.config import RoutedTeacherConfig
@@ -82,6 +83,55 @@ def test_kinds_of_teachers(tmp_path):
     for more in (["teacher.kind=live", *own], ["teachers.math.dtype=bfloat16"], ["teacher.kind=x"]):
         with pytest.raises(UserError):
             load_config(None, [*values, *more])
+
+
+SEPARATE = ["teacher.path=t", "teacher.placement=separate"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks"),
+    [
+        (["parallel.expert=4"], 4),
+        (["parallel.tensor=2", "parallel.expert=4", "parallel.pipeline=2"], 8),
+        (["parallel.tensor=2", "parallel.context=2", "parallel.expert=2"], 4),
+        (["teacher.placement=regrouped", "teacher_parallel.tensor=4", "parallel.pipeline=2"], 4),
+        ([*SEPARATE, "teacher_parallel.ranks=2", "teacher_parallel.expert=2"], 3),
+    ],
+)
+def test_the_fewest_ranks_of_a_layout(layout, ranks):
+    values = ["student.path=s", "data.source=task:addition3", "teacher.path=t"]
+    config = load_config(None, [*values, *layout])
+    assert config.ranks == ranks and config.ranks - config.teacher_parallel.ranks == (
+        config.student_ranks
+    )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["teacher.kind=ema", "teacher.fp8=current"],
+        ["teachers.a.path=t", "teacher.fp8=current"],
+        [
+            "teacher.path=t",
+            "teacher.fp8=current",
+            "teacher.fp8_params=true",
+            "teacher.offload=true",
+        ],
+        [*SEPARATE, "teacher_parallel.expert=2", "teacher_parallel.ranks=1"],
+    ],
+)
+def test_what_a_teacher_would_ignore_or_cannot_do_is_refused(values):
+    with pytest.raises(UserError):
+        load_config(None, ["student.path=s", "data.source=task:addition3", *values])
+
+
+def test_a_run_directory_remembers_every_teacher(tmp_path):
+    values = ["student.path=s", "data.source=task:addition3", f"run.dir={tmp_path}"]
+    both = ["teachers.a.path=a", 'teachers.a.routes=["task=a"]', "teachers.b.path=b"]
+    config_io.save(load_config(None, [*values, *both]), tmp_path / "config.toml")
+    check_run_dir(load_config(None, [*values, *both, "run.steps=7"]), has_checkpoints=True)
+    with pytest.raises(UserError, match=r"teachers\.a"):
+        check_run_dir(load_config(None, [*values, both[2]]), has_checkpoints=True)
 
 
 def test_missing_and_malformed_files(tmp_path):

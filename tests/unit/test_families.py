@@ -178,7 +178,7 @@ def test_layouts_that_do_not_fit_experts():
         check_layout(arch, ParallelConfig(tensor=2), who="student")
     dense = read("LlamaForCausalLM")
     check_expert_use([dense, arch], ParallelConfig(expert=2))
-    with pytest.raises(UserError, match="expert = 2 for llama"):
+    with pytest.raises(UserError, match="expert parallel 2 for llama"):
         check_expert_use([dense], ParallelConfig(expert=2))
 
 

@@ -14,7 +14,7 @@ from megaopd.objectives.spec import ObjectiveConfig
 from megaopd.parallel import ParallelConfig
 from megaopd.plan import head
 from megaopd.plan.communication import step_traffic
-from megaopd.plan.configured import job_of, parse_layout
+from megaopd.plan.configured import job_of, left_out, parse_layout
 from megaopd.plan.hardware import GPUS
 from megaopd.plan.job import Job, Side, misfit
 from megaopd.plan.layer import backward_peak, layer_modules, saved_bytes
@@ -189,6 +189,13 @@ def test_a_laid_out_teacher_of_its_own():
     ours, theirs = stage_memory(own, 0), stage_memory(shared, 0)
     assert ours.teacher_weights == pytest.approx(theirs.teacher_weights / 2, rel=0.01)
     assert "teacher hidden states" in {t.name for t in step_traffic(own)}
+    same = ["teacher.placement=regrouped", "teacher_parallel.tensor=8"]
+    said = load_config(
+        recipe("h100/llama_70b_to_8b_8gpu"),
+        ["parallel.tensor=4", *same, "teacher_parallel.sequence=true", "lora.rank=8"],
+    )
+    assert job_of(said, 8).teacher == own.teacher
+    assert left_out(said) == ["lora.rank = 8"] and left_out(config) == []
     with pytest.raises(UserError, match="unknown key tensr"):
         parse_layout("tensr=8")
 
