@@ -12,7 +12,8 @@ from megaopd.launch import restart_count
 from megaopd.parts import Parts, build_parts
 from megaopd.report.progress import progress
 from megaopd.schema import Config
-from megaopd.teacher_ranks import serve_teachers, teacher_ranks
+from megaopd.teacher_ranks import make_watchdog, serve_teachers, teacher_ranks
+from megaopd.worlds import Bridge
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def train(config: Config) -> dict[str, Any]:
     if bridge is not None and bridge.is_teacher:
         serve_teachers(config, bridge)
         return {}
-    with build_parts(config, bridge=bridge) as parts, _watchdog(config, parts):
+    with build_parts(config, bridge=bridge) as parts, _watchdog(config, parts, bridge):
         if restart_count():
             parts.warn("restart", f"number {restart_count()}, from step {parts.first_step}")
         steps = range(parts.first_step, config.run.steps)
@@ -67,18 +68,16 @@ def one_step(parts: Parts, step: int) -> None:
     parts.checkpoint(step + 1)
 
 
-def _watchdog(config: Config, parts: Parts) -> watchdog.Watchdog:
-    # Before the collective's own end, which names no rank.
-    minutes = min(config.run.stall_minutes, 0.8 * config.parallel.timeout_minutes)
-    grid = parts.grid
-    return watchdog.Watchdog(parts.dir, grid.rank, grid.world_size, stall_s=60 * minutes)
+def _watchdog(config: Config, parts: Parts, bridge: Bridge | None) -> watchdog.Watchdog:
+    teachers = bridge.teachers if bridge is not None else 0
+    return make_watchdog(config, parts.grid.rank, parts.grid.world_size + teachers)
 
 
 def evaluate(config: Config) -> None:
     """Evaluate config.student on held-out prompts (evaluation.py): a table, evaluation.json."""
     bridge = teacher_ranks(config)
     if bridge is not None and bridge.is_teacher:
-        serve_teachers(config, bridge)
+        serve_teachers(config, bridge, training=False)
         return
     with build_parts(config, training=False, bridge=bridge) as parts:
         evaluation.write(evaluation.evaluate(parts), parts)

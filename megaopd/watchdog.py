@@ -27,7 +27,8 @@ from megaopd.errors import EXIT_INTERNAL
 
 FOLDER = "heartbeats"
 # Frames of these files mean that a thread waits for other ranks.
-COLLECTIVE = ("torch/distributed/", "pipeline_parallel/p2p_communication")
+COLLECTIVE = ("torch/distributed/", "pipeline_parallel/p2p_communication", "megaopd/worlds.py")
+TEACHING = "teach"  # the phase of ranks of the teacher's own, which enter no others
 LINES = 24  # of the straggler's stack in the report
 
 
@@ -163,9 +164,13 @@ def stragglers(records: dict[int, dict[str, Any]], silent: set[int]) -> list[int
     busy = [rank for rank, record in records.items() if not record["waits"]]
     if 0 < len(busy) < len(records):
         return busy
-    places = {rank: (r["entered"], r["beats"]) for rank, r in records.items()}
+    places = {
+        rank: (r["entered"], r["beats"])
+        for rank, r in records.items()
+        if r.get("phase") != TEACHING
+    }
     behind = [rank for rank, place in places.items() if place == min(places.values())]
-    return behind if len(behind) < len(records) or len(records) == 1 else []
+    return behind if len(behind) < len(places) or len(records) == 1 else []
 
 
 def make_report(folder: Path, records: dict[int, dict[str, Any]], silent: set[int]) -> str:

@@ -23,6 +23,9 @@ def record(entered=5, beats=0, *, waits=True, age=90.0, **more):
         ([record(beats=2, waits=False), record(beats=1, waits=False)], set(), [1]),
         ([record(6), record(6), record(5, 9)], set(), [2]),
         ([record(), record()], set(), []),
+        # A teacher's ranks enter no phases: they are not behind for that.
+        ([record(), record(), record(0, phase="teach")], set(), []),
+        ([record(), record(0, phase="teach", waits=False)], set(), [1]),
         ([record(waits=False)], set(), [0]),
     ],
 )

@@ -10,11 +10,12 @@ Shapes: R rows of one receiver, T rows of a micro-batch, Ht the teacher's hidden
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from megaopd import platform
+from megaopd import platform, watchdog
 from megaopd.models.arch import Architecture
 from megaopd.models.config import ModelConfig
 from megaopd.parallel import Grid, ParallelConfig, broadcast_object, gather_objects, make_grid
@@ -204,6 +205,7 @@ def serve(
     *,
     offload: bool = False,
     make: "Callable[[Bridge, Grid], Service] | None" = None,
+    watch: AbstractContextManager[Any] | None = None,
 ) -> "Service":
     """The teacher's side: build every teacher on these ranks and score until the student closes.
 
@@ -211,6 +213,7 @@ def serve(
         teachers: by name; all of them on all of these ranks.
         offload: keep each one's weights on the host between its turns.
         make: another Service.
+        watch: entered at the first request, when the student watches too (watchdog.py).
     """
     grid = make_grid(parallel)
     layout = Layout(grid)
@@ -224,7 +227,7 @@ def serve(
     for name, (config, arch) in teachers.items():
         model = build_scorer(config, arch, layout)
         service.models[name] = model, Turn(model.parameters, enabled=offload)
-    service.run()
+    service.run(watch)
     return service
 
 
@@ -236,13 +239,19 @@ class Service:
         self.models: dict[str, tuple[Any, Turn]] = {}
         self.most_under_way = 0  # tensors to one receiver, ever
 
-    def run(self) -> None:
+    def run(self, watch: AbstractContextManager[Any] | None = None) -> None:
         """Answer requests until one ends the service."""
-        while True:
-            request: Request = self.bridge.recv_object(0)
-            if request.teacher is None:
-                return
-            self.answer(request)
+        watchdog.enter(watchdog.TEACHING)
+        with ExitStack() as watched:
+            while True:
+                request: Request = self.bridge.recv_object(0)
+                if request.teacher is None:
+                    return
+                watchdog.beat()
+                if watch is not None:
+                    watched.enter_context(watch)
+                    watch = None
+                self.answer(request)
 
     def payload(self, teacher: str, rows: Any) -> Any:
         """[R, Ht] -> what is sent of them: the rows themselves."""
