@@ -54,7 +54,8 @@ class Sampler:
         self.engine_turn = False
         self.probes = engine.shared and config.server.verify == "probe"
         rng = random.Random(config.run.seed)
-        self.probe_ids = [rng.randrange(student.vocab) for _ in range(PROBE_TOKENS)]
+        # Not the last id: where SGLang scores, it reports that one as 0.
+        self.probe_ids = [rng.randrange(max(1, student.vocab - 1)) for _ in range(PROBE_TOKENS)]
         self._metrics: dict[str, float] = {}
         self.buffer = RolloutBuffer(
             engine,
