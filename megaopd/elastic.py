@@ -43,8 +43,9 @@ def supervise(config: Any, entrypoint: str, arguments: Sequence[str]) -> int:
     from torch.distributed.launcher import api
 
     config.signals_to_handle = TORCH_SIGNALS
-    # torchrun would keep one store for all lives of the job, and a process group that is made anew
-    # in it may meet the addresses of dead ranks.
+    # torchrun would keep one store for all lives of the job. A process group that is made anew in
+    # it may meet the addresses of dead ranks; and its own address is given out in the first round
+    # only: a node that takes the place of a lost one would wait for it in vain.
     os.environ.setdefault(FRESH_STORE, "1")
     module: Any = api
     module.LocalElasticAgent = _agent_class()
@@ -148,9 +149,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """torchrun's command line; the exit code of this node."""
     from torch.distributed import run
 
-    # Ranks that share the agents' store are given its address in the first round only: a node that
-    # takes the place of a lost one would wait for it in vain. A store of their own each round.
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     parsed = run.parse_args(list(sys.argv[1:] if argv is None else argv))
     config, command, arguments = run.config_from_args(parsed)
     host, _, port = config.rdzv_endpoint.rpartition(":")

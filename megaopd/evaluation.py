@@ -27,13 +27,10 @@ def evaluate(parts: Parts) -> dict[str, Figure | float]:
     found: dict[str, Figure | float] = {}
     settings = parts.config.eval
     parts.sync_weights(version=0)
-    greedy = parts.sampler.buffer.params.greedy()
-    answered = parts.verify(parts.sampler.generate(parts.held_out, -1, 1, greedy))
-    found |= _accuracy("accuracy", answered)
+    found |= _accuracy("accuracy", parts.greedy_answers(parts.held_out, -1))
     control = control_set(parts.config, parts.tokenizer)
     if control:
-        answered = parts.verify(parts.sampler.generate(control, -3, 1, greedy))
-        found |= _accuracy("control_accuracy", answered)
+        found |= _accuracy("control_accuracy", parts.greedy_answers(control, -3))
     if settings.samples:
         found |= _sampled(parts, parts.held_out)
     parts.sampler.take_turn()
@@ -50,11 +47,11 @@ def _sampled(parts: Parts, prompts: list[Prompt]) -> dict[str, Any]:
     n = parts.config.eval.samples
     samples = parts.verify(parts.sampler.generate(prompts, -2, n, parts.sampler.buffer.params))
     found: dict[str, Any] = {}
-    rewards = [s.reward for s in samples]
-    if all(reward is not None for reward in rewards):
-        found["sampled_accuracy"] = figure(by_prompt([r or 0.0 for r in rewards], n))
-        solved = [float((r or 0.0) >= SOLVED) for r in rewards]
-        counts = [round(n * share) for share in by_prompt(solved, n)]
+    rewards = [s.reward for s in samples if s.reward is not None]
+    if len(rewards) == len(samples):
+        found["sampled_accuracy"] = figure(by_prompt(rewards, n))
+        groups = (rewards[i : i + n] for i in range(0, len(rewards), n))
+        counts = [sum(reward >= SOLVED for reward in group) for group in groups]
         for k in parts.config.eval.pass_k:
             found[f"pass@{k}"] = figure([pass_at_k(n, c, k) for c in counts])
     ends = set(parts.eos_ids)

@@ -15,6 +15,7 @@ from megaopd.data.types import Prompt, Sample
 from megaopd.errors import UserError
 from megaopd.models.arch import Architecture, architecture, check_layout, read_hf_config
 from megaopd.models.config import ModelConfig
+from megaopd.models.layout import check_expert_use, check_lora_targets
 from megaopd.schema import Config
 
 # Between two starts of one run, beside whole sections.
@@ -48,6 +49,24 @@ def frozen_teachers(config: Config, tokenizer: Any) -> dict[str, tuple[ModelConf
         check_layout(arch, layout, who=f"teacher {name}".strip())
         found[name] = model, arch
     return found
+
+
+def checked_models(
+    config: Config,
+) -> tuple[Any, Architecture, dict[str, tuple[ModelConfig, Architecture]]]:
+    """The student's tokenizer and architecture and the teachers with a checkpoint, checked."""
+    arch = architecture(read_hf_config(config.student.hf_dir), where=config.student.path)
+    check_layout(arch, config.parallel, who="student")
+    check_lora_targets(arch, config.lora)
+    tokenizer = student_tokenizer(config)
+    frozen = frozen_teachers(config, tokenizer)
+    taught = [a for _, a in frozen.values()]
+    if config.teacher.placement == "same":
+        check_expert_use([arch, *taught], config.parallel)
+    else:
+        check_expert_use([arch], config.parallel)
+        check_expert_use(taught, config.teacher_parallel)
+    return tokenizer, arch, frozen
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -98,24 +117,24 @@ def held_out(config: Config, tokenizer: Any) -> list[Prompt]:
     if not config.eval.prompts:
         return []
     source = config.eval.source or config.data.source
-    data: DataConfig = replace(config.data, source=source, seed=config.eval.seed, num_prompts=0)
-    if source.startswith("task:"):
-        data = replace(data, split="test")
-    elif not config.eval.source:
+    if not (config.eval.source or source.startswith("task:")):
         raise UserError(
             f"eval.prompts = {config.eval.prompts} with the training file {source}",
             expected="held-out prompts",
             fix="set eval.source to another file, or eval.prompts=0",
         )
-    return fixed_set(data, tokenizer, config.eval.prompts)
+    return _evaluation_set(config, source, tokenizer)
 
 
 def control_set(config: Config, tokenizer: Any) -> list[Prompt]:
     """Prompts of eval.control, as many as held-out ones; [] without one."""
     source = config.eval.control
-    if not source:
-        return []
-    data = replace(config.data, source=source, seed=config.eval.seed, num_prompts=0)
+    return _evaluation_set(config, source, tokenizer) if source else []
+
+
+def _evaluation_set(config: Config, source: str, tokenizer: Any) -> list[Prompt]:
+    """The first eval.prompts of a source; of a task, of its test split."""
+    data: DataConfig = replace(config.data, source=source, seed=config.eval.seed, num_prompts=0)
     if source.startswith("task:"):
         data = replace(data, split="test")
     return fixed_set(data, tokenizer, config.eval.prompts)

@@ -220,6 +220,11 @@ def make_grid(config: ParallelConfig, *, seed: int = 1234) -> Grid:
     )
 
 
+def as_chunks(model: Any) -> list[Any]:
+    """A pipeline stage that is one model, as the list of it; a list of chunks as it is."""
+    return list(model) if isinstance(model, list | tuple) else [model]
+
+
 def zigzag(bounds: Sequence[int], rank: int, size: int) -> "torch.Tensor":
     """Which positions of a row a context-parallel rank holds: [S / size], in its own order.
 

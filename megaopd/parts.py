@@ -17,17 +17,15 @@ from megaopd.data.types import Prompt, Sample
 from megaopd.errors import UserError
 from megaopd.inputs import (
     check_run_dir,
+    checked_models,
     eos_ids,
     example,
-    frozen_teachers,
     held_out,
     pad_id,
     response_text,
     reward_of,
-    student_tokenizer,
 )
-from megaopd.models.arch import architecture, check_layout, padded_vocab, read_hf_config
-from megaopd.models.layout import check_expert_use, check_lora_targets
+from megaopd.models.arch import padded_vocab
 from megaopd.objectives.alarms import new_alarms
 from megaopd.parallel import Grid, make_grid
 from megaopd.report.metrics import MetricLogger, read_metrics
@@ -46,7 +44,7 @@ from megaopd.trainer.checkpoint import Checkpoints
 from megaopd.trainer.remote_teacher import RemoteTeacher
 from megaopd.trainer.student import Student
 from megaopd.trainer.teachers.base import BaseTeacher
-from megaopd.trainer.teachers.build import make_router, make_teacher, teacher_prompt_of
+from megaopd.trainer.teachers.build import make_router, make_teacher
 from megaopd.trainer.teachers.routed import Router, routed_micro_batches
 from megaopd.worlds import Bridge
 
@@ -69,18 +67,8 @@ def build_parts(config: Config, *, training: bool = True, bridge: Bridge | None 
     Raises:
         UserError: any input that does not fit, before weights are loaded.
     """
-    arch = architecture(read_hf_config(config.student.hf_dir), where=config.student.path)
-    check_layout(arch, config.parallel, who="student")
-    check_lora_targets(arch, config.lora)
-    tokenizer = student_tokenizer(config)
-    frozen = frozen_teachers(config, tokenizer)
-    taught = [a for _, a in frozen.values()]
-    archs = [arch, *taught]
-    if config.teacher.placement == "same":
-        check_expert_use(archs, config.parallel)
-    else:
-        check_expert_use([arch], config.parallel)
-        check_expert_use(taught, config.teacher_parallel)
+    tokenizer, arch, frozen = checked_models(config)
+    archs = [arch, *(a for _, a in frozen.values())]
     prompts = PromptStream(config.data, tokenizer)
     if config.teacher.kind == "previous_epoch" and not prompts.size:
         raise UserError(
@@ -107,13 +95,7 @@ def build_parts(config: Config, *, training: bool = True, bridge: Bridge | None 
     )
     remote = None
     if config.remote_teacher.addresses:
-        remote = RemoteTeacher(
-            config.remote_teacher,
-            config.objective,
-            grid,
-            tokenizer=tokenizer,
-            prompt_of=teacher_prompt_of,
-        )
+        remote = RemoteTeacher(config.remote_teacher, config.objective, grid, tokenizer=tokenizer)
     parts = Parts(
         config=config,
         grid=grid,
@@ -315,18 +297,22 @@ class Parts:
     def evaluate(self, step: int) -> dict[str, float]:
         """Greedy reward on the held-out prompts; the objective on sampled responses to them."""
         self.sync_weights(version=step)
-        params = self.sampler.buffer.params
-        greedy = self.verify(self.sampler.generate(self.held_out, -1, 1, params.greedy()))
+        greedy = self.greedy_answers(self.held_out, -1)
         rewards = [s.reward for s in greedy if s.reward is not None]
         result = {"accuracy": sum(rewards) / len(rewards)} if rewards else {}
         if self.teacher is not None or self.remote is not None:
-            sampled = self.sampler.generate(self.held_out, -2, 1, params)
+            sampled = self.sampler.generate(self.held_out, -2, 1, self.sampler.buffer.params)
             self.sampler.take_turn()
             result |= self.score_samples(sampled)
         self.sampler.take_turn()
         if self.is_main and self.training:
             save_samples(self.dir, greedy, self.text)
         return result
+
+    def greedy_answers(self, prompts: Sequence[Prompt], key: int) -> list[Sample]:
+        """One greedy response to each prompt, with its reward; `key` as Sampler.generate has it."""
+        law = self.sampler.buffer.params.greedy()
+        return self.verify(self.sampler.generate(prompts, key, 1, law))
 
     def score_samples(self, samples: Sequence[Sample]) -> dict[str, float]:
         """What of the objective an evaluation reports, on these."""

@@ -155,6 +155,33 @@ class Config:
                 expected="a warm-up that ends within the run",
             )
 
+    def _check_teacher_fp8(self) -> None:
+        """FP8 that a teacher would ignore, or cannot have."""
+        if self.teacher.fp8 != "none" and not self.teacher.path:
+            raise UserError(
+                f"teacher.fp8 = {self.teacher.fp8} without teacher.path",
+                expected="FP8 of the checkpoint at teacher.path; a copy of the student has its "
+                "precision, and each of several teachers its own",
+                fix="set student.fp8 or teachers.NAME.fp8, or remove teacher.fp8",
+            )
+        for one in (self.teacher, *self.teachers.values()):
+            put_away = self.teacher.offload or self.server.placement == "colocated"
+            if one.fp8_params and put_away:
+                raise UserError(
+                    "teacher.fp8_params = true with teacher.offload = true or server.placement = "
+                    "colocated",
+                    expected="parameters that can be put away: FP8 ones are not plain tensors",
+                    fix="set teacher.fp8_params=false",
+                )
+            if one.fp8 == "delayed":
+                raise UserError(
+                    "teacher.fp8 = delayed",
+                    expected="a recipe whose scales need no history: a teacher never trains",
+                    fix="set teacher.fp8=current or blockwise",
+                )
+        if self.teacher.kind not in ("frozen", "live"):
+            self._check_fp8_of_copy()
+
     def _check_fp8_of_copy(self) -> None:
         """A copy of the student has its precision, and never trains."""
         wrong = "student.fp8_params = true" if self.student.fp8_params else ""
@@ -188,30 +215,7 @@ class Config:
                 expected="adapters, under which the initial weights stay",
                 fix="set lora.rank, or teacher.kind=frozen with the student's checkpoint",
             )
-        if self.teacher.fp8 != "none" and not self.teacher.path:
-            raise UserError(
-                f"teacher.fp8 = {self.teacher.fp8} without teacher.path",
-                expected="FP8 of the checkpoint at teacher.path; a copy of the student has its "
-                "precision, and each of several teachers its own",
-                fix="set student.fp8 or teachers.NAME.fp8, or remove teacher.fp8",
-            )
-        for one in (self.teacher, *self.teachers.values()):
-            put_away = self.teacher.offload or self.server.placement == "colocated"
-            if one.fp8_params and put_away:
-                raise UserError(
-                    "teacher.fp8_params = true with teacher.offload = true or server.placement = "
-                    "colocated",
-                    expected="parameters that can be put away: FP8 ones are not plain tensors",
-                    fix="set teacher.fp8_params=false",
-                )
-            if one.fp8 == "delayed":
-                raise UserError(
-                    "teacher.fp8 = delayed",
-                    expected="a recipe whose scales need no history: a teacher never trains",
-                    fix="set teacher.fp8=current or blockwise",
-                )
-        if self.teacher.kind not in ("frozen", "live"):
-            self._check_fp8_of_copy()
+        self._check_teacher_fp8()
         kinds = {
             "teacher.path": self.teacher.path,
             "teacher.kind": self.teacher.kind if self.teacher.follows else "",

@@ -130,6 +130,11 @@ class Bridge:
         while self._sending:
             self._sending.popleft()[1].wait()
 
+    def tell_teachers(self, obj: Any) -> None:
+        """A small host object to every rank of the teacher's."""
+        for rank in range(self.students, self.students + self.teachers):
+            self.send_object(obj, rank)
+
     def recv_object(self, rank: int) -> Any:
         """What `send_object` sent from `rank`."""
         import torch

@@ -32,6 +32,16 @@ def source(sample: int, row: int = 0) -> int:
     return (sample << 32) + row
 
 
+def split_source(sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The samples and the rows that `source` joined; of padding, sample -1."""
+    return sources >> 32, sources & 0xFFFFFFFF
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The least multiple that is not below `number`."""
+    return -(-number // multiple) * multiple
+
+
 def pad_batch(
     samples: Sequence[Sample], *, pad_id: int, multiple_of: int = 1, length: int | None = None
 ) -> PaddedBatch:
@@ -44,7 +54,7 @@ def pad_batch(
             a shorter response would be a response that was never sampled.
     """
     longest = max((len(sample.tokens) for sample in samples), default=1)
-    size = length if length is not None else -(-longest // multiple_of) * multiple_of
+    size = length if length is not None else round_up(longest, multiple_of)
     if longest > size:
         raise UserError(
             f"a sample of {longest} tokens for sequences of {size}",

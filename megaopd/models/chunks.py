@@ -22,11 +22,6 @@ def build_chunks(arch: Architecture, model: ModelConfig, grid: Grid, **options: 
     ]
 
 
-def as_chunks(model: Any) -> list[Any]:
-    """A stage that is one model, as the list of it; a list as it is."""
-    return list(model) if isinstance(model, list | tuple) else [model]
-
-
 def sharded_chunks(chunks: list[Any]) -> dict[str, Any]:
     """Their sharded state: "model", or "model0", "model1", ... as megatron-core names them.
 

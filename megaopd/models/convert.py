@@ -13,13 +13,13 @@ from megaopd import platform
 from megaopd.errors import UserError
 from megaopd.models.arch import architecture, read_hf_config
 from megaopd.models.build import build_model
-from megaopd.models.chunks import as_chunks, load_chunks, sharded_chunks
+from megaopd.models.chunks import load_chunks, sharded_chunks
 from megaopd.models.config import LoraConfig, ModelConfig
 from megaopd.models.fp8 import remember_precise
 from megaopd.models.lora import add_adapters, fold
 from megaopd.models.sharded import load_sharded, read_manifest, save_sharded, verify
 from megaopd.models.weights import WeightStream, check_new_dir, export_hf, load_hf_weights
-from megaopd.parallel import Grid
+from megaopd.parallel import Grid, as_chunks
 from megaopd.report.progress import progress
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from megaopd.errors import UserError
 from megaopd.models.config import LoraConfig
 from megaopd.models.fp8 import EXTRA, remember_value
+from megaopd.parallel import as_chunks
 
 SUFFIX = "_lora"
 MODULES = {"qkv": "linear_qkv", "proj": "linear_proj", "fc1": "linear_fc1", "fc2": "linear_fc2"}
@@ -129,12 +130,8 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
     Raises:
         UserError: a target that a layer does not have, or an expert's.
     """
-    for chunk in _chunks(model):
+    for chunk in as_chunks(model):
         _add_to_chunk(chunk, config)
-
-
-def _chunks(model: Any) -> list[Any]:
-    return list(model) if isinstance(model, list | tuple) else [model]
 
 
 def _add_to_chunk(model: Any, config: LoraConfig) -> None:
@@ -204,7 +201,7 @@ def _want_gradient(module: Any, inputs: Any, output: Tensor) -> Tensor:
 
 def adapters(model: Any) -> list[Adapter]:
     """The adapters of a stage or of its chunks, in layer order; [] without LoRA."""
-    return [m for chunk in _chunks(model) for m in chunk.modules() if isinstance(m, Adapter)]
+    return [m for chunk in as_chunks(model) for m in chunk.modules() if isinstance(m, Adapter)]
 
 
 @contextmanager
@@ -231,9 +228,9 @@ def merged(parameter: Any) -> Tensor:
 
 def fold(model: Any) -> None:
     """Write every adapter into its weight and remove it; all weights want gradients again."""
-    for chunk in _chunks(model):
+    for chunk in as_chunks(model):
         chunk.requires_grad_(True)
-    for parent in [module for chunk in _chunks(model) for module in chunk.modules()]:
+    for parent in [module for chunk in as_chunks(model) for module in chunk.modules()]:
         for name, adapter in list(parent.named_children()):
             if isinstance(adapter, Adapter):
                 linear = getattr(parent, adapter.name)

@@ -14,7 +14,7 @@ from megaopd.models.fp8 import plain
 from megaopd.models.lora import merged
 from megaopd.models.names import entries
 from megaopd.models.rules import Rule
-from megaopd.parallel import Grid
+from megaopd.parallel import Grid, as_chunks
 
 
 class WeightStream:
@@ -50,8 +50,7 @@ class WeightStream:
 
         self.arch, self.grid, self.only_rank_0, self.dtype = arch, grid, only_rank_0, dtype
         assert dtype is None or only_rank_0
-        chunks = model if isinstance(model, list) else [model]
-        self.own = [entry for chunk in chunks for entry in entries(chunk, arch)]
+        self.own = [entry for chunk in as_chunks(model) for entry in entries(chunk, arch)]
         mine = [self._describe(index) for index in range(len(self.own))]
         held = _gather_objects(mine, grid.groups.ep, grid.ep_size)
         # An expert's parameter stands for as many as there are ranks that hold different ones.

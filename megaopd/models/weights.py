@@ -17,7 +17,7 @@ from megaopd.models.names import Entry, entries, expected_names
 from megaopd.models.rules import VocabRows
 from megaopd.models.stream import WeightStream as WeightStream
 from megaopd.models.stream import exhaust
-from megaopd.parallel import Grid
+from megaopd.parallel import Grid, as_chunks
 
 INDEX = "model.safetensors.index.json"
 # Everything beside the weights that a Hugging Face checkpoint may hold; never code.
@@ -124,7 +124,7 @@ def load_hf_weights(
 
     reader = HfReader(hf_dir)
     reader.check_names(arch)
-    chunks = model if isinstance(model, list) else [model]
+    chunks = as_chunks(model)
     todo = [entry for chunk in chunks for entry in entries(chunk, arch)]
     if arch.tied and grid.is_last_stage and not grid.is_first_stage:
         weight = chunks[-1].output_layer.weight

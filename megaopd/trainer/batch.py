@@ -15,7 +15,7 @@ from typing import Any
 
 from megaopd import platform
 from megaopd.data.balance import Plan, packed_plan, padded_plan
-from megaopd.data.packing import PaddedBatch, Rows, packed_rows, pad_batch, padded_rows
+from megaopd.data.packing import PaddedBatch, Rows, packed_rows, pad_batch, padded_rows, round_up
 from megaopd.data.types import Sample
 from megaopd.errors import UserError
 from megaopd.losses import ListedTeacher, loss_weights
@@ -111,7 +111,7 @@ def make_micro_batches(
             expected="samples that fit",
             fix="raise trainer.max_sequence, or lower rollout.max_new_tokens",
         )
-    budget = _round_up(micro_batch_tokens, grid.sequence_multiple)
+    budget = round_up(micro_batch_tokens, grid.sequence_multiple)
     plan = plan_step(
         samples,
         grid=grid,
@@ -123,7 +123,7 @@ def make_micro_batches(
     masked = replace(samples[0], loss_mask=(0,) * len(samples[0].response_ids), spans=())
     samples = [*samples, *[masked] * fill]
     multiple = grid.sequence_multiple
-    length = _round_up(max(longest, whole.longest), multiple)
+    length = round_up(max(longest, whole.longest), multiple)
     batch = pad_batch(samples, pad_id=pad_id, multiple_of=multiple, length=length)
     if remote is not None:
         batch = replace(batch, loss_mask=remote.keep_scored(batch.loss_mask, samples))
@@ -168,23 +168,19 @@ def plan_step(
     return packed_plan(
         segment_lengths(samples, grid),
         ranks=grid.dp_size,
-        budget=_round_up(micro_batch_tokens, grid.sequence_multiple),
+        budget=round_up(micro_batch_tokens, grid.sequence_multiple),
         micro_batches_of=grid.micro_batches_of,
     )
 
 
 def segment_lengths(samples: Sequence[Sample], grid: Grid) -> list[int]:
     """Tokens that each sample takes up in a packed row."""
-    return [_round_up(len(sample.tokens), grid.segment_multiple) for sample in samples]
+    return [round_up(len(sample.tokens), grid.segment_multiple) for sample in samples]
 
 
 def shares_of(plan: Plan, count: int) -> list[list[int]]:
     """Which of `count` samples are each data-parallel rank's, in the order of its micro-batches."""
     return [[i for one in rank for i in one if i < count] for rank in plan]
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def _select(listed: ListedTeacher | None, slot_T: Any) -> ListedTeacher | None:

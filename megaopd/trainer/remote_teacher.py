@@ -16,7 +16,7 @@ Shapes: R response tokens of a sample, K entries of a list.
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -65,7 +65,6 @@ class RemoteTeacher:
 
     Args:
         tokenizer: the student's, which the servers' is compared with.
-        prompt_of: the teacher's prompt of a sample, which may hold more than the student's.
 
     Raises:
         UserError: a server that does not answer or has another tokenizer, or an objective that it
@@ -79,10 +78,9 @@ class RemoteTeacher:
         grid: Grid,
         *,
         tokenizer: Any = None,
-        prompt_of: Callable[[Sample], Sequence[int]] = lambda sample: sample.prompt.token_ids,
     ) -> None:
         check_remote(objective, log_probs=True)
-        self.grid, self.prompt_of = grid, prompt_of
+        self.grid = grid
         self.payload = remote_payload(objective)
         self.k = objective.own_k if self.payload == "topk" else 0
         self.of_student = bool(self.k) and objective.lists_of_student
@@ -164,9 +162,8 @@ class RemoteTeacher:
             mask = sample.loss_mask or (1,) * len(sample.response_ids)
             pairs = zip(sample.top_ids or (), mask, strict=False)
             top_ids = tuple(ids[: self.k] if wanted else () for ids, wanted in pairs)
-        prompt = tuple(self.prompt_of(sample))
         k = 0 if self.of_student else self.k
-        return ScoreRequest(name, prompt, sample.response_ids, k, top_ids)
+        return ScoreRequest(name, sample.teacher_prompt, sample.response_ids, k, top_ids)
 
     def score(self, samples: Sequence[Sample], shares: Sequence[Sequence[int]]) -> RemoteScores:
         """Scores of a step's samples, the same list on every rank; a collective.

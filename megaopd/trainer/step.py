@@ -11,11 +11,10 @@ from typing import Any
 from megaopd import faults, watchdog
 from megaopd.losses import Objective, OutputLayer, fused_linear_objectives
 from megaopd.losses.importance import bounded_exp
-from megaopd.models.chunks import as_chunks
 from megaopd.objectives.names import LIST_STATS
 from megaopd.objectives.spec import ObjectiveConfig
 from megaopd.objectives.terms import TERMS, WeightedTerm, make_terms
-from megaopd.parallel import Grid, sum_from_last_stage
+from megaopd.parallel import Grid, as_chunks, sum_from_last_stage
 from megaopd.trainer.batch import MicroBatch
 
 # Sums over the tokens of the step, in this order; token means are made of them at the end. What an

@@ -22,7 +22,31 @@ from megaopd.trainer.teachers.exchange import Exchange, Turn, score_and_exchange
 from megaopd.worlds import Layout
 
 
-class Teacher(BaseTeacher):
+class HeldTeacher(BaseTeacher):
+    """A model of its own in the student's process groups; what makes one sets the fields."""
+
+    grid: Grid
+    chunks: list[Any]  # of this rank's stage
+    scorer: "InPlace"
+    turn: Turn
+
+    def output_weight(self, micro: MicroBatch | None = None) -> Any:
+        return self.chunks[-1].output_weight()
+
+    def hidden_states(self, micro_batches: Sequence[MicroBatch]) -> list[Any]:
+        with self.turn:
+            return self.scorer(micro_batches)
+
+    def parameters(self) -> Iterable[Any]:
+        return (parameter for chunk in self.chunks for parameter in chunk.parameters())
+
+    def between_turns(self) -> Iterator[Any]:
+        """What is put away: all but the output layer, which the loss reads."""
+        kept = self.output_weight() if self.grid.is_last_stage else None
+        return (parameter for parameter in self.parameters() if parameter is not kept)
+
+
+class Teacher(HeldTeacher):
     """Inference only: no gradient buffers and no optimizer.
 
     Args:
@@ -48,21 +72,7 @@ class Teacher(BaseTeacher):
         for chunk in self.chunks:
             chunk.eval().requires_grad_(False)
         self.scorer = InPlace(self.chunks, arch, grid)
-        self.turn = Turn(self._between_turns, enabled=offload)
-
-    def output_weight(self, micro: MicroBatch | None = None) -> Any:
-        return self.chunks[-1].output_weight()
-
-    def hidden_states(self, micro_batches: Sequence[MicroBatch]) -> list[Any]:
-        with self.turn:
-            return self.scorer(micro_batches)
-
-    def parameters(self) -> Iterable[Any]:
-        return (parameter for chunk in self.chunks for parameter in chunk.parameters())
-
-    def _between_turns(self) -> Iterator[Any]:
-        kept = self.output_weight() if self.grid.is_last_stage else None
-        return (parameter for parameter in self.parameters() if parameter is not kept)
+        self.turn = Turn(self.between_turns, enabled=offload)
 
 
 class InPlace:

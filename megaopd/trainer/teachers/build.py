@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megaopd.data.types import Sample
 from megaopd.models.arch import Architecture
 from megaopd.models.config import ModelConfig
 from megaopd.parallel import Grid
@@ -68,8 +67,3 @@ def make_teacher(
 def make_router(teachers: Mapping[str, RoutedTeacherConfig]) -> Router | None:
     """Who scores what, where there are several teachers."""
     return Router({name: one.routes for name, one in teachers.items()}) if teachers else None
-
-
-def teacher_prompt_of(sample: Sample) -> tuple[int, ...]:
-    """For a teacher on servers, which reads the same prompts as one beside the student."""
-    return sample.teacher_prompt

@@ -12,10 +12,9 @@ from typing import Any
 from megaopd import platform
 from megaopd.models.arch import Architecture
 from megaopd.models.build import build_model
-from megaopd.models.chunks import as_chunks
 from megaopd.models.config import ModelConfig
 from megaopd.models.convert import load_weights
-from megaopd.parallel import Grid, gather_objects
+from megaopd.parallel import Grid, as_chunks, gather_objects
 from megaopd.trainer.batch import MicroBatch
 from megaopd.trainer.offload import Shelf
 from megaopd.trainer.teachers.base import BaseTeacher, load_output_layer
@@ -61,7 +60,7 @@ class Exchange:
         me, calls, found = self.student.rank, [], {}
         kept = []  # alive until it has been sent
         for job in jobs:
-            replica = job.index % self.teacher.dp_size
+            replica = job.replica(self.teacher.dp_size)
             for number, (receiver, rows) in enumerate(job.receivers):
                 sender = self.senders[replica, sender_of(number, self.teacher.tp_size)]
                 key = (job.index, receiver)

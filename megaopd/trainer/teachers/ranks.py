@@ -82,8 +82,7 @@ class SeparateTeacher(BaseTeacher):
         if self.grid.rank == 0:
             needed = sorted({i for job in jobs for i in job.samples})
             asked = Request(self.name, wants, {i: sequences[i] for i in needed}, self.window)
-            for rank in range(self.bridge.students, self.bridge.students + self.bridge.teachers):
-                self.bridge.send_object(asked, rank)
+            self.bridge.tell_teachers(asked)
         if not self.grid.is_last_stage:
             return [None] * len(micro_batches)
         inbox = shared_inbox(self.bridge, self.window)
@@ -104,8 +103,7 @@ class SeparateTeacher(BaseTeacher):
     def close(self) -> None:
         """The teacher's ranks end their service (once, whichever of several teachers closes)."""
         if self.grid.rank == 0 and not self.bridge.closed:
-            for rank in range(self.bridge.students, self.bridge.students + self.bridge.teachers):
-                self.bridge.send_object(Request(None, [], {}, 0), rank)
+            self.bridge.tell_teachers(Request(None, [], {}, 0))
         self.bridge.flush()
         self.bridge.closed = True
 
@@ -184,7 +182,7 @@ class Senders:
     tensor: int
 
     def rank_of(self, job: Job, receiver: int) -> int:
-        return self.ranks[job.index % self.replicas, sender_of(receiver, self.tensor)]
+        return self.ranks[job.replica(self.replicas), sender_of(receiver, self.tensor)]
 
 
 def senders(bridge: Bridge) -> Senders:

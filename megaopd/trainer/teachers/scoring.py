@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from megaopd import platform
+from megaopd.data.packing import round_up, split_source
 from megaopd.parallel import Grid
 from megaopd.trainer.batch import MicroBatch
 from megaopd.trainer.step import forward_micro_batch, run_schedule
@@ -71,7 +72,7 @@ def padded(
     """The job's sequences as one micro-batch, padded on the right (causal: no mask needed)."""
     import torch
 
-    length = -(-length // multiple) * multiple
+    length = round_up(length, multiple)
     tokens = torch.zeros(count, length, dtype=torch.int64)
     for row, index in enumerate(job.samples):
         tokens[row, : len(sequences[index])] = torch.tensor(sequences[index])
@@ -105,8 +106,9 @@ def pick(hidden: Any, rows: Any, job: Job, count: int) -> Any:
 
     place = {sample: column for column, sample in enumerate(job.samples)}
     wanted = rows >= 0
-    column = torch.tensor([place.get(int(i), 0) for i in (rows >> 32)], dtype=torch.int64)
-    flat = torch.where(wanted, (rows & 0xFFFFFFFF) * count + column, 0)
+    samples, positions = split_source(rows)
+    column = torch.tensor([place.get(i, 0) for i in samples.tolist()], dtype=torch.int64)
+    flat = torch.where(wanted, positions * count + column, 0)
     found = hidden.index_select(0, flat.to(hidden.device))
     if not bool(wanted.all()):
         found[~wanted.to(hidden.device)] = 0

@@ -20,11 +20,11 @@ from typing import Any
 from megaopd import platform
 from megaopd.models.chunks import build_chunks
 from megaopd.models.config import ModelConfig
-from megaopd.models.fp8 import plain
-from megaopd.models.lora import adapters_off, merged
+from megaopd.models.lora import adapters_off
+from megaopd.models.stream import values_of
 from megaopd.trainer.batch import MicroBatch
 from megaopd.trainer.student import Student
-from megaopd.trainer.teacher import InPlace
+from megaopd.trainer.teacher import HeldTeacher, InPlace
 from megaopd.trainer.teachers.base import BaseTeacher
 from megaopd.trainer.teachers.exchange import Turn
 from megaopd.trainer.teachers.scoring import inference
@@ -56,7 +56,7 @@ class InitialTeacher(LiveTeacher):
             return super().hidden_states(micro_batches)
 
 
-class CopiedTeacher(BaseTeacher):
+class CopiedTeacher(HeldTeacher):
     """A copy of the student on the student's ranks. Making it is a collective.
 
     Args:
@@ -77,7 +77,7 @@ class CopiedTeacher(BaseTeacher):
         every: int = 1,
         offload: bool = False,
     ) -> None:
-        self.student, self.arch = student, student.arch
+        self.student, self.arch, self.grid = student, student.arch, student.grid
         self.kind, self.decay, self.every = kind, decay, every
         self.updates, self.epoch = 0, 0
         self.chunks = self._build(config)
@@ -87,19 +87,12 @@ class CopiedTeacher(BaseTeacher):
         self.master = self._build(high) if averages else []
         self._copy()
         self.scorer = InPlace(self.chunks, student.arch, student.grid)
-        self.turn = Turn(self._between_turns, enabled=offload)
+        self.turn = Turn(self.between_turns, enabled=offload)
 
     def _build(self, config: ModelConfig) -> list[Any]:
         student = self.student
         chunks = build_chunks(student.arch, config, student.grid, vocab_rows=student.vocab_rows)
         return [chunk.to(platform.device()).eval().requires_grad_(False) for chunk in chunks]
-
-    def hidden_states(self, micro_batches: Sequence[MicroBatch]) -> list[Any]:
-        with self.turn:
-            return self.scorer(micro_batches)
-
-    def output_weight(self, micro: MicroBatch | None = None) -> Any:
-        return self.chunks[-1].output_weight()
 
     def after_update(self, *, epoch: int = 0) -> None:
         self.updates += 1
@@ -135,9 +128,7 @@ class CopiedTeacher(BaseTeacher):
         for chunk, student in zip(chunks, self.student.chunks, strict=False):
             theirs = dict(student.named_parameters())
             for name, mine in chunk.named_parameters():
-                # With an adapter its sum with the weight: the copy has none.
-                source = theirs[name]
-                yield mine, merged(source) if hasattr(source, "adapter") else plain(source)
+                yield mine, values_of(theirs[name])  # with its adapter, which the copy has not
 
     def sharded_state(self) -> dict[str, Any]:
         saved: dict[str, Any] = {"updates": self.updates, "epoch": self.epoch}
@@ -159,10 +150,6 @@ class CopiedTeacher(BaseTeacher):
     def parameters(self) -> Iterable[Any]:
         for chunk in (*self.chunks, *self.master):
             yield from chunk.parameters()
-
-    def _between_turns(self) -> Iterable[Any]:
-        kept = self.output_weight() if self.student.grid.is_last_stage else None
-        return (p for p in self.parameters() if p is not kept)
 
 
 def _detached_copy(sharded: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megaopd.data.packing import split_source
 from megaopd.data.types import Sample
 from megaopd.errors import UserError
 from megaopd.parallel import Grid
@@ -35,6 +36,13 @@ class Job:
     micro: int
     samples: tuple[int, ...]  # sorted; at least one
     receivers: tuple[tuple[int, Any], ...]  # (student rank, its rows), by rank; some rows for each
+
+    def replica(self, replicas: int) -> int:
+        """Which of the teacher's data-parallel replicas scores it.
+
+        With as many replicas as the student has, each one scores its own rank's micro-batches.
+        """
+        return self.index % replicas
 
 
 def local_wants(micro_batches: Sequence[MicroBatch], grid: Grid) -> Wants | None:
@@ -64,8 +72,8 @@ def in_teacher_sequence(sources: Any, samples: Sequence[Sample]) -> Any:
         return sources
     starts = torch.tensor([len(s.prompt.token_ids) for s in samples])
     shifts = torch.tensor([len(s.teacher_prompt) for s in samples]) - starts
-    sample = (sources >> 32).clamp_min(0)
-    row = sources & 0xFFFFFFFF
+    sample, row = split_source(sources)
+    sample = sample.clamp_min(0)
     alone = torch.tensor([s.privileged for s in samples])[sample] & (row < starts[sample] - 1)
     return torch.where((sources < 0) | alone, NONE, sources + shifts[sample])
 
@@ -98,18 +106,15 @@ def make_jobs(wants: Sequence[Wants | None]) -> list[Job]:
         for dp_rank in replicas:
             rows = {r: w.rows[micro] for r, w in ranks.items() if w.dp_rank == dp_rank}
             rows = {r: x for r, x in rows.items() if len(x)}
-            samples = {int(i) for x in rows.values() for i in (x[x >= 0] >> 32).unique()}
+            samples = {int(i) for x in rows.values() for i in split_source(x[x >= 0])[0].unique()}
             index = micro * len(replicas) + dp_rank
             jobs.append(Job(index, micro, tuple(sorted(samples or {0})), tuple(rows.items())))
     return jobs
 
 
 def share_of_replica(jobs: Sequence[Job], replica: int, replicas: int) -> list[Job]:
-    """The jobs of one of the teacher's data-parallel replicas.
-
-    With as many replicas as the student has, each one scores its own rank's micro-batches.
-    """
-    return [job for job in jobs if job.index % replicas == replica]
+    """The jobs of one of the teacher's data-parallel replicas."""
+    return [job for job in jobs if job.replica(replicas) == replica]
 
 
 def teacher_sequences(samples: Sequence[Sample], max_positions: int) -> list[tuple[int, ...]]:
