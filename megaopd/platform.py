@@ -17,6 +17,9 @@ from typing import Any
 # Set before megatron-core is imported: it binds torch.compile to its fused functions at import, and
 # on a CPU each of them costs seconds of compilation for nothing.
 _NO_DYNAMO = {"TORCHDYNAMO_DISABLE": "1"}
+# Read at torch's first allocation. Fresh buffers in pages of 4 KB cost a third as much as a pass
+# over them; in pages of 2 MB nearly nothing.
+HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 _installed = False
 
@@ -151,7 +154,7 @@ def install() -> None:
     if has_gpu():
         torch.cuda.set_device(device())
         return
-    for name, value in _NO_DYNAMO.items():
+    for name, value in (_NO_DYNAMO | HUGE_PAGES).items():
         os.environ.setdefault(name, value)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     # megatron-core warns about every GPU package that is absent; `megaopd doctor` says it once.

@@ -276,15 +276,18 @@ class _FusedHead(torch.autograd.Function):
         return (*out, None, None)
 
 
-def _main_grad_dummy(weight: Tensor, scale: Tensor) -> Tensor:
+def _main_grad_dummy(weight: Tensor, scale: Tensor) -> Tensor | None:
     """What autograd is given for a weight whose gradient is already in main_grad.
 
-    Megatron's hooks need a param.grad, and skip it where grad_added_to_main_grad is set. Zeros, as
-    a tied embedding adds its own gradient to the same parameter; expanded from one number, so that
-    nothing is held for it.
+    Megatron's hooks want a param.grad, and do not read it where grad_added_to_main_grad is set, so
+    memory that nobody writes will do. They do read that of a tied embedding (zero_out_wgrad), which
+    adds its own gradient to it: zeros. Other weights have no hooks and get nothing.
     """
     message = "the fused loss wrote weight.main_grad in forward: its upstream gradient must be 1"
     torch._assert_async((scale == 1).all(), message)  # pyright: ignore[reportPrivateImportUsage]
-    if hasattr(weight, "grad_added_to_main_grad"):
-        weight.grad_added_to_main_grad = True  # pyright: ignore[reportAttributeAccessIssue]
-    return weight.new_zeros(1, 1).expand_as(weight)
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True  # pyright: ignore[reportAttributeAccessIssue]
+    if getattr(weight, "zero_out_wgrad", False):
+        return weight.new_zeros(1, 1).expand_as(weight)
+    return torch.empty_like(weight)
