@@ -57,6 +57,16 @@ HELD_OUT = (
     Case("tp2 x pp2", P(tensor=2, pipeline=2), world=4, layers=8, sequence=384, response=256),
     Case("tp2 sp x pp2 full", P(tensor=2, pipeline=2, sequence=True), world=4, layers=8,
          recompute="full", sequence=768, response=512, vocab=4096, micro_batch=2, samples=8),
+    Case("experts", P(), family="Qwen3Moe", experts=8, layers=3),
+    Case("experts, full", P(), family="Qwen3Moe", experts=8, layers=6, recompute="full",
+         sequence=768, response=512),
+    Case("ep2", P(expert=2), world=2, family="Qwen3Moe", experts=8, layers=3),
+    Case("tp2 sp, experts whole", P(tensor=2, sequence=True), world=2, family="Qwen3Moe",
+         experts=8, layers=3),
+    Case("tp2 sp x ep2", P(tensor=2, sequence=True, expert=2), world=2, family="Qwen3Moe",
+         experts=8, layers=3),
+    Case("tp2 sp x ep4", P(tensor=2, sequence=True, expert=4), world=4, family="Qwen3Moe",
+         experts=8, layers=3, samples=8),
 )  # fmt: skip
 
 

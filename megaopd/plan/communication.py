@@ -113,10 +113,7 @@ def _experts(who: str, job: Job, side: Side, passes: int) -> Iterator[Traffic]:
     rows = sizes.ts * side.shape.experts_per_token * side.shape.hidden * sizes.e
     if side.layout.expert > 1:
         sent = 2 * passes * layers * _ring(side.layout.expert) * rows
-        yield Traffic(f"{who} experts", side.layout.expert, sent, 2 * passes * layers, side.tensor)
-    if side.tensor > 1:  # rows of the tensor ranks meet at split experts
-        sent = 2 * passes * layers * _ring(side.tensor) * rows * side.tensor
-        yield Traffic(f"{who} experts' tensor", side.tensor, sent, 2 * passes * layers)
+        yield Traffic(f"{who} experts", side.layout.expert, sent, 2 * passes * layers)
 
 
 def _context(who: str, job: Job, side: Side, passes: int) -> Iterator[Traffic]:
@@ -138,9 +135,8 @@ def _data(job: Job) -> Iterator[Traffic]:
     back = side.itemsize if job.distributed else 4
     for name, ranks, numbers, stride in (
         ("gradients and weights", dense, heaviest.dense, side.tensor),
-        ("experts' gradients and weights", experts, heaviest.experts,
-         side.tensor * side.layout.expert),
-    ):  # fmt: skip
+        ("experts' gradients and weights", experts, heaviest.experts, side.layout.expert),
+    ):
         if ranks > 1:
             yield Traffic(name, ranks, _ring(ranks) * numbers * (4 + back), 2, stride)
 

@@ -40,8 +40,8 @@ class Side:
         return world // self.layout.model_parallel
 
     def expert_data(self, world: int) -> int:
-        """Ranks that hold the same experts; experts are split over tensor ranks as well."""
-        return max(1, world // (self.layout.tensor * self.layout.pipeline * self.layout.expert))
+        """Ranks that hold the same experts, which are whole and split over all ranks of a stage."""
+        return max(1, world // (self.layout.pipeline * self.layout.expert))
 
     def stage_layers(self, stage: int) -> range:
         """Layers of a pipeline stage, as if its virtual chunks were one."""
@@ -127,19 +127,12 @@ def misfit(side: Side, world: int, sequence: int) -> str:
         ("MLP columns", shape.ffn, "tensor", layout.tensor),
         ("layers", shape.layers, "pipeline x virtual", layout.pipeline * layout.virtual),
     ]
+    # Also of a dense model beside a sparse one, whose ranks are grouped alike.
+    splits.append(("ranks of a stage", world // layout.pipeline or 1, "expert", layout.expert))
     if shape.experts:
-        rest = world // (layout.tensor * layout.pipeline) or 1
-        splits += [
-            ("experts", shape.experts, "expert", layout.expert),
-            ("expert columns", shape.expert_ffn, "tensor", layout.tensor),
-            ("ranks of a tensor and pipeline position", rest, "expert", layout.expert),
-        ]
+        splits.append(("experts", shape.experts, "expert", layout.expert))
         if layout.tensor > 1 and not layout.sequence:
-            return "experts with tensor parallel need sequence parallel in megatron-core"
-    elif layout.expert > 1:
-        # A dense model beside a sparse one has nothing to split; its ranks are data-parallel.
-        splits += [("ranks", world, "tensor x pipeline x expert", layout.tensor * layout.pipeline
-                    * layout.expert)]  # fmt: skip
+            return "experts with tensor parallel need sequence parallel: each rank routes its own"
     if layout.context > 1 and sequence % (2 * layout.context):
         return f"{sequence} tokens do not divide by 2 x context {layout.context}"
     for what, number, name, size in splits:

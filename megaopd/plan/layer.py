@@ -214,8 +214,8 @@ def _mlp(sizes: Sizes, spec: Spec) -> list[Module]:
 def _experts(sizes: Sizes, side: Side) -> list[Module]:
     """Router, all-to-all, grouped products; only read off the code, for both specs."""
     shape, stream = side.shape, sizes.stream
-    copies = sizes.t * shape.experts_per_token * IMBALANCE  # rows of this rank's experts
-    columns = shape.expert_ffn / side.tensor
+    copies = sizes.ts * shape.experts_per_token * IMBALANCE  # rows of this rank's experts
+    columns = shape.expert_ffn
     rows, one = copies * sizes.hidden * sizes.e, copies * columns * sizes.e
     weight = sizes.e * sizes.hidden * columns * shape.experts / side.layout.expert
     router = 3 * 4 * sizes.ts * shape.experts  # logits, probabilities and the map, fp32

@@ -94,7 +94,7 @@ def stage_weights(side: Side, stage: int, *, vocab_rows: int) -> Weights:
         if shape.is_sparse(layer):
             whole += shape.hidden * shape.experts
             split += 3 * shape.hidden * shape.shared_ffn
-            expert = 3 * shape.hidden * shape.expert_ffn // tensor
+            expert = 3 * shape.hidden * shape.expert_ffn  # whole on every tensor rank
             experts += expert * (shape.experts // side.layout.expert)
         else:
             split += 3 * shape.hidden * shape.ffn

@@ -109,7 +109,7 @@ def _layouts(job: Job, gpu: Gpu) -> Iterator[ParallelConfig]:
                 model = tensor * pipeline * context
                 if model > job.world or job.world % model:
                     continue
-                rest = job.world // (tensor * pipeline)
+                rest = job.world // pipeline
                 for expert in _powers(min(rest, experts)) if experts else (1,):
                     for virtual in (1, 2, 4) if pipeline > 1 else (1,):
                         yield ParallelConfig(

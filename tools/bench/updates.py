@@ -40,13 +40,22 @@ class Case:
     dtype: str = "float32"
     recompute: str = "none"
     distributed: bool = True
+    experts: int = 0  # of every layer, two for each token; 0: dense
 
     def config(self, *, hidden: int | None = None) -> dict[str, Any]:
         """A Hugging Face config.json."""
         hidden = hidden or self.hidden
+        sparse = {
+            "num_experts": self.experts,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": self.ffn * hidden // self.hidden // 16 * 8,
+            "decoder_sparse_step": 1,
+            "norm_topk_prob": True,
+        }
         return {
+            **(sparse if self.experts else {}),
             "architectures": [f"{self.family}ForCausalLM"],
-            "model_type": self.family.lower(),
+            "model_type": "qwen3_moe" if self.experts else self.family.lower(),
             "vocab_size": self.vocab,
             "hidden_size": hidden,
             "intermediate_size": self.ffn * hidden // self.hidden // 8 * 8,
@@ -199,7 +208,11 @@ def _write_checkpoint(config: dict[str, Any], folder: str) -> None:
     import transformers
 
     torch.manual_seed(7)
-    kind = {"Llama": transformers.LlamaConfig, "Qwen3": transformers.Qwen3Config}
+    kind = {
+        "Llama": transformers.LlamaConfig,
+        "Qwen3": transformers.Qwen3Config,
+        "Qwen3Moe": transformers.Qwen3MoeConfig,
+    }
     options = {k: v for k, v in config.items() if k not in ("architectures", "model_type")}
     made = kind[config["architectures"][0].removesuffix("ForCausalLM")](**options)
     transformers.AutoModelForCausalLM.from_config(made).float().save_pretrained(folder)
