@@ -1,4 +1,4 @@
-"""megaopd train | eval | plan | convert | report | doctor | quickstart: parse, build, run."""
+"""megaopd train | eval | sample | plan | convert | report | doctor | quickstart: parse, build, run."""
 
 import argparse
 import os
@@ -69,7 +69,11 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="distil or fine-tune as a config says")
     evaluate = commands.add_parser("eval", help="evaluate a student on held-out prompts")
-    for command, function in ((train, _train), (evaluate, _eval)):
+    sample = commands.add_parser("sample", help="write a model's responses to a file")
+    sample.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
+    sample.add_argument("--prompts", type=int, required=True, help="how many of [data]'s prompts")
+    sample.add_argument("--greedy", action="store_true", help="the most probable tokens")
+    for command, function in ((train, _train), (evaluate, _eval), (sample, _sample)):
         command.add_argument("--config", type=Path, help="a TOML file; see megaopd/recipes/")
         command.add_argument("--ranks", type=int, help="processes on this machine")
         command.add_argument("--port", type=int, default=0, help="rendezvous port (0: any free)")
@@ -139,6 +143,22 @@ def _eval(arguments: argparse.Namespace) -> int:
     if not config.eval.prompts:
         raise UserError("eval.prompts = 0", expected="a number of held-out prompts to evaluate")
     return _in_ranks(arguments, config, lambda: _run("evaluate", config))
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from megaopd.schema import sampling_config
+
+    if arguments.prompts < 1:
+        raise UserError(f"--prompts {arguments.prompts}", expected="at least 1")
+    config = sampling_config(arguments.config, arguments.overrides)
+
+    def work() -> int:
+        from megaopd import run
+
+        run.sample(config, arguments.out, prompts=arguments.prompts, greedy=arguments.greedy)
+        return 0
+
+    return _in_ranks(arguments, config, work)
 
 
 def _run(what: str, config: Any) -> int:

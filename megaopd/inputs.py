@@ -51,6 +51,16 @@ def frozen_teachers(config: Config, tokenizer: Any) -> dict[str, tuple[ModelConf
     return found
 
 
+def reference_model(config: Config, tokenizer: Any) -> Architecture | None:
+    """The architecture of [reference], checked; None without one."""
+    if not config.reference.path:
+        return None
+    check_same_tokenizer(tokenizer, load_tokenizer(config.reference.hf_dir))
+    arch = architecture(read_hf_config(config.reference.hf_dir), where=config.reference.path)
+    check_layout(arch, config.parallel, who="reference")
+    return arch
+
+
 def checked_models(
     config: Config,
 ) -> tuple[Any, Architecture, dict[str, tuple[ModelConfig, Architecture]]]:

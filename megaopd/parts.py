@@ -22,11 +22,14 @@ from megaopd.inputs import (
     example,
     held_out,
     pad_id,
+    reference_model,
     response_text,
     reward_of,
 )
+from megaopd.mixing import Mixture
 from megaopd.models.arch import padded_vocab
 from megaopd.objectives.alarms import new_alarms
+from megaopd.objectives.weights import weigh
 from megaopd.parallel import Grid, make_grid
 from megaopd.report.metrics import MetricLogger, read_metrics
 from megaopd.report.samples import save_samples
@@ -43,6 +46,7 @@ from megaopd.trainer.batch import (
 from megaopd.trainer.checkpoint import Checkpoints
 from megaopd.trainer.remote_teacher import RemoteTeacher
 from megaopd.trainer.student import Student
+from megaopd.trainer.teacher import Teacher
 from megaopd.trainer.teachers.base import BaseTeacher
 from megaopd.trainer.teachers.build import make_router, make_teacher
 from megaopd.trainer.teachers.routed import Router, routed_micro_batches
@@ -68,7 +72,8 @@ def build_parts(config: Config, *, training: bool = True, bridge: Bridge | None 
         UserError: any input that does not fit, before weights are loaded.
     """
     tokenizer, arch, frozen = checked_models(config)
-    archs = [arch, *(a for _, a in frozen.values())]
+    base = reference_model(config, tokenizer)
+    archs = [arch, *(a for _, a in frozen.values()), *([base] if base is not None else [])]
     prompts = PromptStream(config.data, tokenizer)
     if config.teacher.kind == "previous_epoch" and not prompts.size:
         raise UserError(
@@ -93,6 +98,15 @@ def build_parts(config: Config, *, training: bool = True, bridge: Bridge | None 
     teacher = make_teacher(
         config.teacher, config.teacher_parallel, frozen, grid, student, config.student, bridge
     )
+    reference = None
+    if base is not None:
+        reference = Teacher(
+            config.reference,
+            base,
+            grid,
+            offload=config.reference.offload,
+            vocab_rows=student.vocab_rows,
+        )
     remote = None
     if config.remote_teacher.addresses:
         remote = RemoteTeacher(config.remote_teacher, config.objective, grid, tokenizer=tokenizer)
@@ -104,6 +118,7 @@ def build_parts(config: Config, *, training: bool = True, bridge: Bridge | None 
         prompts=prompts,
         student=student,
         teacher=teacher,
+        reference=reference,
         router=make_router(config.teachers),
         remote=remote,
         sampler=make_sampler(
@@ -111,6 +126,7 @@ def build_parts(config: Config, *, training: bool = True, bridge: Bridge | None 
         ),
         training=training,
         held_out=held_out(config, tokenizer),
+        mixture=Mixture(config, tokenizer, vocab, training=training),
     )
     if training:
         parts.start()
@@ -128,10 +144,12 @@ class Parts:
     prompts: PromptStream
     student: Student
     teacher: BaseTeacher | None
+    reference: BaseTeacher | None  # the base model of the objective's target
     router: Router | None  # which of several teachers scores a prompt
     remote: RemoteTeacher | None  # on servers, in place of `teacher`
     sampler: Sampler
     held_out: list[Prompt]
+    mixture: Mixture  # what [mix] adds to a step
     training: bool = True
     first_step: int = 0
     saved_step: int = 0  # of the newest checkpoint
@@ -161,7 +179,7 @@ class Parts:
             self.logger = MetricLogger(
                 directory,
                 config.report,
-                columns=("loss", config.objective.value_name, *COLUMNS),
+                columns=tuple(dict.fromkeys(("loss", config.objective.value_name, *COLUMNS))),
                 total_steps=config.run.steps,
                 resume_step=step,
             )
@@ -243,11 +261,14 @@ class Parts:
             return routed_micro_batches(samples, self.router, make)
         return make(samples)
 
-    def update(self, samples: Sequence[Sample]) -> dict[str, float]:
+    def update(self, samples: Sequence[Sample], step: int = 0) -> dict[str, float]:
         """Score with the teacher and take one optimizer step."""
+        samples, told = weigh(self.mixture(samples, step), self.config.objective)
         micro_batches = self.micro_batches(samples)
         with self.timed("update"):
-            metrics = self.student.update(micro_batches, self.teacher)
+            metrics = told | self.student.update(
+                micro_batches, self.teacher, reference=self.reference, step=step
+            )
             if self.teacher is not None:
                 self.teacher.after_update(epoch=self.sampler.cursor["epoch"])
                 metrics |= self.teacher.metrics()  # of all ranks
@@ -255,6 +276,8 @@ class Parts:
 
     def log(self, step: int, metrics: dict[str, float], samples: Sequence[Sample]) -> None:
         """One line of metrics.jsonl, the console and wandb."""
+        own = [s for s in samples if s.kind == "rollout"]
+        samples = own or samples
         lengths = [len(s.response_ids) for s in samples]
         rewards = [s.reward for s in samples if s.reward is not None]
         extra = {"response_length": sum(lengths) / len(lengths)}
@@ -316,7 +339,9 @@ class Parts:
 
     def score_samples(self, samples: Sequence[Sample]) -> dict[str, float]:
         """What of the objective an evaluation reports, on these."""
-        scored = self.student.score(self.micro_batches(samples), self.teacher)
+        scored = self.student.score(
+            self.micro_batches(samples), self.teacher, reference=self.reference
+        )
         return {name: scored[name] for name in EVALUATED if name in scored}
 
     def checkpoint(self, step: int) -> None:

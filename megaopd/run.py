@@ -4,9 +4,10 @@ Every rank runs it; `parts` builds what the loop uses. Supervised fine-tuning is
 the data's answers in place of the student's samples.
 """
 
+from pathlib import Path
 from typing import Any
 
-from megaopd import evaluation, faults, watchdog
+from megaopd import evaluation, faults, sampling, watchdog
 from megaopd.errors import RunStopped
 from megaopd.launch import restart_count
 from megaopd.parts import Parts, build_parts
@@ -59,7 +60,7 @@ def one_step(parts: Parts, step: int) -> None:
         samples = parts.verify(samples)
     else:
         samples = parts.examples()
-    metrics = parts.update(samples)  # the teacher scores inside, before the student
+    metrics = parts.update(samples, step)  # the teacher scores inside, before the student
     every = parts.config.report.rank_times_every
     if every and (step + 1) % every == 0:
         metrics |= parts.student.pace.slowest()
@@ -81,3 +82,9 @@ def evaluate(config: Config) -> None:
         return
     with build_parts(config, training=False, bridge=bridge) as parts:
         evaluation.write(evaluation.evaluate(parts), parts)
+
+
+def sample(config: Config, out: Path, *, prompts: int, greedy: bool = False) -> None:
+    """Write responses of config.student to a file (sampling.py)."""
+    with build_parts(config, training=False) as parts:
+        sampling.sample(parts, out, prompts=prompts, greedy=greedy)

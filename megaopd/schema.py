@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from megaopd.config import apply_overrides, build, read_toml
-from megaopd.data.config import DataConfig
+from megaopd.data.config import DataConfig, MixConfig
 from megaopd.errors import UserError
 from megaopd.models.config import LoraConfig, ModelConfig
 from megaopd.objectives.presets import with_preset
 from megaopd.objectives.remote import check_remote
 from megaopd.objectives.spec import ObjectiveConfig
-from megaopd.objectives.validate import check_run, warnings
+from megaopd.objectives.surprises import warnings
+from megaopd.objectives.validate import check_run
 from megaopd.parallel import ParallelConfig
 from megaopd.report.config import ReportConfig
 from megaopd.rollout.config import AgentConfig, RolloutConfig, ServerConfig
 from megaopd.trainer.config import (
     CheckpointConfig,
     OptimConfig,
+    ReferenceConfig,
     RemoteTeacherConfig,
     RoutedTeacherConfig,
     TeacherConfig,
@@ -88,10 +90,12 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     teachers: dict[str, RoutedTeacherConfig] = field(default_factory=dict)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     remote_teacher: RemoteTeacherConfig = field(default_factory=RemoteTeacherConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     teacher_parallel: TeacherParallelConfig = field(default_factory=TeacherParallelConfig)
     data: DataConfig
+    mix: MixConfig = field(default_factory=MixConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)
@@ -129,11 +133,17 @@ class Config:
                 expected="0: taking turns puts the whole state on the host while servers sample",
                 fix="set optim.cpu_offload=0.0, or server.placement=separate",
             )
+        self._check_reference()
+        self._check_mix()
         # Every engine reports the law that it samples from; the data's answers have none.
         if self.remote_teacher.addresses:
             check_remote(self.objective, log_probs=self.on_policy, top_ids=self.top_ids)
         else:
-            check_run(self.objective, log_probs=self.on_policy)
+            check_run(
+                self.objective,
+                log_probs=self.on_policy,
+                group=self.rollout.samples_per_prompt if self.on_policy else 0,
+            )
         if self.objective.loss_agg.endswith("norm") and not self.trainer.max_sequence:
             raise UserError(
                 f"objective.loss_agg = {self.objective.loss_agg} without trainer.max_sequence",
@@ -153,6 +163,63 @@ class Config:
             raise UserError(
                 f"optim.warmup_steps = {self.optim.warmup_steps} of {self.run.steps} run.steps",
                 expected="a warm-up that ends within the run",
+            )
+
+    def _check_reference(self) -> None:
+        """A base model exactly where a target mixes one with the teacher."""
+        wanted = self.objective.target in ("geometric", "linear")
+        if wanted and (not self.reference.path or self.remote_teacher.addresses):
+            raise UserError(
+                f"objective.target = {self.objective.target} "
+                + (
+                    "with a teacher on servers" if self.reference.path else "without reference.path"
+                ),
+                expected="the whole law of the teacher and of a base model, beside the student",
+                fix="set reference.path and teacher.path, or objective.target=teacher",
+            )
+        if self.reference.path and not wanted:
+            raise UserError(
+                f"reference.path = {self.reference.path} with objective.target = "
+                f"{self.objective.target}",
+                expected="no reference: it would be ignored",
+                fix="set objective.target=geometric, or remove [reference]",
+            )
+
+    def _check_mix(self) -> None:
+        """Samples that a term looks at, and a term whose samples are there."""
+        o, mix = self.objective, self.mix
+        given = mix.source or mix.student_share < 1
+        if given and o.loss == "sft":
+            raise UserError(
+                "[mix] with objective.loss = sft",
+                expected="none: every sample is an answer of the data",
+                fix="remove [mix]; to train on a file of responses give it as data.source",
+            )
+        if given and o.tis != "off":
+            raise UserError(
+                f"[mix] with objective.tis = {o.tis}",
+                expected="tis = off: samples of others have no log-probs of the student's engine",
+                fix="set objective.tis=off",
+            )
+        if mix.student_share < 1 and not o.is_divergence:
+            raise UserError(
+                f"mix.student_share = {mix.student_share} with objective.loss = {o.loss}",
+                expected="a divergence: an estimator needs the student's own samples",
+                fix="set objective.loss=jsd, or mix.student_share=1",
+            )
+        if mix.source and mix.kind == "sft" and not o.sft_coef:
+            raise UserError(
+                f"mix.source = {mix.source} with objective.sft_coef = 0",
+                expected="a term that looks at them",
+                fix="set objective.sft_coef=1.0",
+            )
+        if bool(o.replay) != (bool(mix.source) and mix.kind == "replay"):
+            raise UserError(
+                f"objective.replay = {o.replay!r} with mix.source = {mix.source!r}, mix.kind = "
+                f"{mix.kind}",
+                expected="both a term for replayed samples and such samples, or neither",
+                fix="set objective.replay=dph_forward, mix.kind=replay and mix.source to a file of "
+                "`megaopd sample` by the teacher",
             )
 
     def _check_teacher_fp8(self) -> None:
@@ -282,14 +349,18 @@ class Config:
     @property
     def on_policy(self) -> bool:
         """Whether the student samples; otherwise it is trained on the data's answers."""
-        return self.objective.needs_teacher
+        return self.objective.on_policy
 
     @property
     def warnings(self) -> list[str]:
         """What this run does that is allowed and likely to surprise."""
         law = self.rollout
         return warnings(
-            self.objective, temperature=law.temperature, top_p=law.top_p, top_k=law.top_k
+            self.objective,
+            temperature=law.temperature,
+            top_p=law.top_p,
+            top_k=law.top_k,
+            mixed=self.mix.source != "" and self.mix.kind == "sft",
         )
 
 
@@ -310,3 +381,19 @@ def make_config(values: dict[str, Any], overrides: Sequence[str] = ()) -> Config
     if isinstance(values.get("objective"), dict):
         values["objective"] = with_preset(values["objective"])
     return build(Config, values)
+
+
+def sampling_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The same of a model that only samples: what a run would train on is left out."""
+    values = read_toml(path) if path else {}
+    for section in (
+        "teacher",
+        "teachers",
+        "teacher_parallel",
+        "reference",
+        "remote_teacher",
+        "mix",
+    ):
+        values.pop(section, None)
+    values["objective"] = {"loss": "none", "rl": "ppo", "advantage": "reward"}
+    return make_config(values, overrides)

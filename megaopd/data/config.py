@@ -78,3 +78,50 @@ class DataConfig:
     def task(self) -> str | None:
         """Name of the generating task; None for a file."""
         return self.source.removeprefix("task:") if self.source.startswith("task:") else None
+
+
+@dataclass(frozen=True)
+class MixConfig:
+    """Responses that the student did not sample, in every step beside its own."""
+
+    # "answers": the data's answers to prompts of the step; or a file of `megaopd sample`. "": none
+    source: str = ""
+    # sft: to imitate (objective.sft_coef). replay: not to forget (objective.replay); they were
+    # sampled by the teacher's own law.
+    kind: Literal["sft", "replay"] = "sft"
+    per_step: int = 0  # of them; 0 with "answers": one for each prompt
+    least_reward: float = 0.0  # of a file's responses that are taken
+    least_pass_rate: float = 0.0  # and of their prompts, over all that were sampled
+    # Share of the step's prompts whose response the student samples (GKD's lambda). The loss itself
+    # is taken on the data's answers to the others.
+    student_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.per_step < 0:
+            raise UserError(f"mix.per_step = {self.per_step}", expected="0 or more")
+        for name in ("least_reward", "least_pass_rate", "student_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"mix.{name} = {getattr(self, name)}", expected="from 0 to 1")
+        file = self.source not in ("", "answers")
+        if file and not self.per_step:
+            raise UserError(
+                f"mix.source = {self.source} without mix.per_step",
+                expected="how many of its responses join a step",
+                fix="set mix.per_step=16",
+            )
+        if self.source == "answers" and self.kind == "replay":
+            raise UserError(
+                "mix.source = answers with mix.kind = replay",
+                expected="samples of the teacher's own law: the data's answers are nobody's",
+                fix="sample them first (megaopd sample), or set mix.kind=sft",
+            )
+        if not file and (self.least_reward or self.least_pass_rate):
+            raise UserError(
+                "mix.least_reward or mix.least_pass_rate without a file in mix.source",
+                expected="responses with rewards, of `megaopd sample`",
+                fix="remove them",
+            )
+        if not self.source and self.per_step:
+            raise UserError(
+                f"mix.per_step = {self.per_step} without mix.source", expected="where they are from"
+            )

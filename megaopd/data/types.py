@@ -1,10 +1,13 @@
 """What moves between the prompt stream, the rollout engine and the trainer. No torch here."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "abort"]
+# Who wrote the response: the student now, or somebody that it is to imitate or not to forget.
+Kind = Literal["rollout", "sft", "replay"]
 
 # A log-prob above 0 by more than rounding is a fault of the engine, not noise.
 LOG_PROB_CEILING = 1e-4
@@ -63,6 +66,10 @@ class Sample:
     # The student's most probable ids at each position while sampling, where they were asked for.
     top_ids: tuple[tuple[int, ...], ...] | None = None
     meta: dict[str, Any] = field(default_factory=dict, hash=False)  # of the episode, of the engine
+    kind: Kind = "rollout"
+    # Which terms of the objective look at it, and by what factor; None: all of them, by 1.
+    weights: Mapping[str, float] | None = field(default=None, hash=False)
+    advantage: float = 0.0  # of its reward, for policy-gradient terms
 
     def __post_init__(self) -> None:
         count = len(self.response_ids)

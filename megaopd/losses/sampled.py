@@ -252,7 +252,7 @@ ESTIMATORS: dict[str, Estimator] = {
                       takes=(_OFF, _IS, "advantage", "baseline"),
                       parameters={"kl_coef": 1.0, "reward_floor": 0.0, **_NO_CLIP}),
     "trrd": Estimator(_trrd, "RLAD: PPO on the ratio p / (p_old^mix q^(1-mix))",
-                      needs=("teacher_log_prob", _OFF, "advantage"), takes=(_IS,),
+                      needs=("teacher_log_prob", "advantage"),
                       parameters={"mix": 0.5, **_TRRD_CLIP}),
     "rapo": Estimator(_rapo, "forward KL of a tempered reference: -sg[w] log p; cap: limit of w",
                       parameters={"cap": 10.0}),

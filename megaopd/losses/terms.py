@@ -208,13 +208,14 @@ class Sampled:
 
     options: the estimator's numbers; its per-token inputs (advantage, old_log_prob, ...) come with
     the batch. baseline: for vopd, computed in the same pass: value, topk, unnorm (these two on the
-    student's top-k) or optimal.
+    student's top-k) or optimal. without: inputs of the batch that are another term's.
     """
 
     estimator: str
     options: Mapping[str, Any] = field(default_factory=dict)
     baseline: str | None = None
     k: int | None = None
+    without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.baseline not in (None, "value", "topk", "unnorm", "optimal"):

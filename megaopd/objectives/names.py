@@ -10,7 +10,8 @@ DIVERGENCES = (
 )  # fmt: skip
 # Estimators on the sampled token that need no rewards.
 ESTIMATORS = ("k1_reward", "k2", "k3", "k3pp", "k5", "pg", "vopd", "f_pg")
-LOSSES = (*DIVERGENCES, *ESTIMATORS, "sft")
+# rapo: forward KL from a reference that is tempered where the reward is low. none: only `rl`.
+LOSSES = (*DIVERGENCES, *ESTIMATORS, "rapo", "sft", "none")
 
 SUPPORTS = ("full", "student_topk", "teacher_topk", "intersection")
 VARIANTS = ("tail", "sg", "renorm", "unnorm", "intersect", "sampled_tail")
@@ -41,20 +42,20 @@ REFUSED: dict[str, tuple[str, str]] = {
         "set objective.loss=k3pp, or k1_reward",
     ),
     "ppo": (
-        "it needs an advantage from the rewards of a group of samples, and none is computed",
-        "take an estimator of the distillation reward, such as objective.loss=pg",
+        "a policy gradient on rewards stands beside the loss, not in its place",
+        "set objective.rl=ppo, with objective.loss=none where there is no teacher",
     ),
     "trrd": (
-        "RLAD needs an advantage from the rewards of a group of samples, and none is computed",
-        "take objective.loss=pg, which needs the teacher only",
+        "RLAD is a policy gradient on rewards, which stands beside the loss",
+        "set objective.rl=trrd objective.loss=none, with the teacher as its anchor",
     ),
-    "rapo": (
-        "its reference is tempered by each sample's reward, and needs the reference's normaliser",
-        "the exact form with one exponent is objective.loss=fkl objective.target=tempered",
+    "rapo_paper": (
+        "w log w - w + 1 differentiated is not the gradient of forward KL",
+        "take objective.loss=rapo, which has it exactly",
     ),
     "dph": (
-        "it needs stored samples and log-probs of the initial policy",
-        "take objective.loss=fkl with a teacher",
+        "it acts on stored samples of the initial policy, beside the loss",
+        "set objective.replay=dph_forward (or dph_js, dph_alpha) and [mix]",
     ),
     "sinkd": (
         "its transport plan couples the tokens of a chunk: it is no sum over tokens, and the pass "
@@ -65,7 +66,6 @@ REFUSED: dict[str, tuple[str, str]] = {
 REFUSED |= {
     "rlad": REFUSED["trrd"],
     "grpo": REFUSED["ppo"],
-    "rapo_paper": REFUSED["rapo"],
     "dph_forward": REFUSED["dph"],
     "dph_js": REFUSED["dph"],
     "dph_alpha": REFUSED["dph"],

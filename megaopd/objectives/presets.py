@@ -39,8 +39,38 @@ PRESETS: dict[str, Preset] = {
     "vopd": Preset(
         "KL for a KL", "policy gradient with the reverse KL on the top 100 as baseline",
         {"loss": "vopd", "baseline": "topk", "baseline_k": 100}),
+    "grpo": Preset(
+        "2402.03300", "policy gradient on group-normalised rewards, no teacher",
+        {"loss": "none", "rl": "ppo"}),
     "kdrl": Preset(
-        "2506.02208", "the distillation part of KDRL: half the squared log-ratio", {"loss": "k2"}),
+        "2506.02208", "GRPO and half the squared log-ratio, its factor 5e-3 falling to 1e-3",
+        {"loss": "k2", "rl": "ppo", "coef": 5e-3, "coef_end": 1e-3, "coef_steps": 80}),
+    "skill_sd": Preset(
+        "2604.10674", "GRPO and 1e-3 times k3 through the live ratio; the teacher sees skills",
+        {"loss": "k3pp", "rl": "ppo", "coef": 1e-3}),
+    "rlad": Preset(
+        "2602.22495", "GRPO whose ratio is to the old policy and the teacher, half each (ours)",
+        {"loss": "none", "rl": "trrd", "rl_clip_high": 0.2}),
+    "rapo": Preset(
+        "2510.03865", "GRPO, an entropy bonus, and forward KL from the reference (the teacher), "
+        "which is tempered where the reward is low; factors ours",
+        {"loss": "rapo", "rl": "ppo", "coef": 1e-3, "entropy_coef": 1e-3}),
+    "paced": Preset(
+        "2603.11178", "reverse KL, each prompt by p (1 - p) of its pass rate; second_loss makes "
+        "two stages of it", {"loss": "rkl", "weigh": "pass_rate"}),
+    "dph_f": Preset(
+        "2509.07430", "GRPO, and KL(initial || student) on stored samples of solved prompts",
+        {"loss": "none", "rl": "ppo", "replay": "dph_forward", "replay_coef": 0.02}),
+    "dph_js": Preset(
+        "2509.07430", "the same with the Jensen-Shannon divergence",
+        {"loss": "none", "rl": "ppo", "replay": "dph_js", "replay_coef": 0.1}),
+    "posterior_rkl": Preset(
+        "2205.11275", "reward and 0.05 (ours) times the log-ratio to the initial policy, the "
+        "teacher: reverse KL to the posterior",
+        {"loss": "k1_reward", "rl": "ppo", "coef": 0.05, "advantage": "centred"}),
+    "gopd": Preset(
+        "2602.12125", "reverse KL to teacher^1.25 / base^0.25, over the whole vocabulary",
+        {"loss": "rkl", "target": "geometric", "target_weight": 1.25}),
     "gkd": Preset(
         "2306.13649", "Jensen-Shannon divergence, beta 0.5, on the student's samples",
         {"loss": "jsd", "beta": 0.5}),
@@ -66,14 +96,8 @@ PRESETS: dict[str, Preset] = {
 
 # Methods that one may look for, and what they need that cannot be configured.
 NOT_YET: dict[str, str] = {
-    "gopd": "a base model beside the teacher (target geometric)",
-    "pskd": "the student's own past as teacher, and labels of the data",
-    "rapo": "a reference tempered by each sample's reward",
-    "rlad": "an advantage from group rewards",
-    "skill_sd": "a teacher with skills in its prompt that follows the student",
-    "paced": "pass rates of prompts as sample weights",
-    "dph_f": "stored samples of the initial policy",
-    "dph_js": "stored samples of the initial policy",
+    "pskd": "a share of the labels that falls over the run",
+    "minillm": "returns over the rest of the sequence",
     "sinkd": "a loss that couples the tokens of a chunk",
 }
 

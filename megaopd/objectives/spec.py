@@ -1,10 +1,11 @@
 """What a run minimises, as configuration: one loss on the sampled tokens, and terms beside it.
 
 Of METHODS' axes: target, divergence, support and variant, or an estimator on the sampled token;
-token weights (tis) and reduction (loss_agg). 0 and "" stand for the default of the chosen loss.
+sample and token weights (weigh, only, tis), reduction (loss_agg) and the loss's factor over the
+steps. 0 and "" stand for the default of the chosen loss.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megaopd.objectives.names import (
@@ -49,9 +50,10 @@ class ObjectiveConfig:
     ] = ""
     alpha: float = 0.0  # of skew_fkl, skew_rkl, alpha and bdkd's hard gate; 0: its default
     beta: float = 0.0  # of jsd and bdkd's soft gate; 0: its default
-    # The law that the student is pulled to; geometric and linear need a base model.
+    # The law that the student is pulled to; geometric and linear mix the teacher with [reference].
     target: Literal["teacher", "geometric", "tempered", "linear", "one_hot"] = "teacher"
-    target_weight: float = 1.0  # tempered: the teacher's exponent; one_hot: the teacher's share
+    # tempered: the teacher's exponent; others: its share of the target, geometric above 1 too.
+    target_weight: float = 1.0
     f_kind: Literal[
         "", "rkl", "fkl", "js", "softened_rkl", "hellinger", "jeffreys", "tv", "chi2"
     ] = ""  # the f-divergence that f_pg estimates
@@ -63,7 +65,32 @@ class ObjectiveConfig:
     # Weights p_trainer / p_engine of the sampled tokens: clipped by token or by sample (seq), or
     # tokens (mask) or samples (reject) with a far ratio dropped. Costs one more forward pass.
     tis: Literal["off", "token", "seq", "mask", "reject"] = "off"
-    sft_coef: float = 0.0  # of -log p(token) beside the loss, on the same tokens
+    coef: float = 1.0  # factor of the loss
+    coef_end: float = 0.0  # where the factor goes, in a line
+    coef_steps: int = 0  # in so many steps, and stays there; 0: it is constant
+    second_loss: str = ""  # takes the place of the loss from a step on, in the same setting
+    second_from: int = 0  # that step
+    # Samples that the loss looks at (KDRL): those with a reward below 1, or in whose group no
+    # sample has reward 1. "": all of them.
+    only: Literal["", "wrong", "unsolved"] = ""
+    # Factor of a sample in the loss; pass_rate: p (1 - p) of its group's, 1 in the mean (PACED).
+    weigh: Literal["", "pass_rate"] = ""
+    low_power: float = 0.5  # rapo: exponent of the reference where the reward is 0
+    # A policy gradient on rewards beside the loss. ppo: clipped ratio, as GRPO; trrd: RLAD's, whose
+    # ratio is to the old policy's and the teacher's geometric mean.
+    rl: Literal["", "ppo", "trrd"] = ""
+    rl_coef: float = 1.0  # its factor
+    # From rewards: group: (r - mean) / std of the prompt's samples; centred: r - mean; reward: r.
+    advantage: Literal["group", "centred", "reward"] = "group"
+    rl_clip_low: float = 0.2  # the ratio is clipped at 1 - rl_clip_low
+    rl_clip_high: float = 0.28  # and at 1 + rl_clip_high
+    dual_clip: float = 3.0  # of the ratio where the advantage is negative
+    mix: float = 0.5  # trrd: the old policy's share of the mean
+    # What is asked of samples that are not to be forgotten ([mix]), with the teacher as the law
+    # that sampled them: KL(teacher || student), twice the Jensen-Shannon one, or alpha's.
+    replay: Literal["", "dph_forward", "dph_js", "dph_alpha"] = ""
+    replay_coef: float = 0.02  # its factor
+    sft_coef: float = 0.0  # of -log p(token) beside the loss: on [mix]'s samples, or the student's
     entropy_coef: float = 0.0  # of the student's entropy as a bonus: it is subtracted
     stats_k: int = 0  # length of a list of its own for masses, overlap and ranks; 0: none
     i_know_biased: bool = False  # allows variant = unnorm, which drives mass out of the support
@@ -87,8 +114,40 @@ class ObjectiveConfig:
         return self.loss in ESTIMATORS
 
     @property
+    def distils(self) -> bool:
+        """Whether its loss compares with a teacher."""
+        return self.loss not in ("sft", "none")
+
+    @property
     def needs_teacher(self) -> bool:
+        return self.distils or self.rl == "trrd" or bool(self.replay)
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the student samples what it is trained on."""
         return self.loss != "sft"
+
+    @property
+    def needs_rewards(self) -> bool:
+        return bool(self.rl or self.only or self.weigh) or self.loss == "rapo"
+
+    @property
+    def needs_groups(self) -> bool:
+        """Several samples of a prompt."""
+        groups = self.rl and self.advantage in ("group", "centred")
+        return bool(groups or self.weigh or self.only == "unsolved")
+
+    def at(self, step: int) -> "ObjectiveConfig":
+        """The objective of step number `step` (from 0): its loss and factor. Of the step alone, so
+        that a resumed run goes on as it would have."""
+        now = self
+        if self.second_loss and step >= self.second_from:
+            now = replace(now, loss=self.second_loss, second_loss="", second_from=0)
+        if self.coef_steps:
+            share = min(step / self.coef_steps, 1.0)
+            coef = self.coef + share * (self.coef_end - self.coef)
+            now = replace(now, coef=coef, coef_end=0.0, coef_steps=0)
+        return now
 
     @property
     def resolved_support(self) -> str:
@@ -153,7 +212,7 @@ class ObjectiveConfig:
     @property
     def value_name(self) -> str:
         """Name of the loss's raw token mean: kl only where it is a KL of student and teacher."""
-        if self.loss == "sft":
-            return "nll"
+        if self.loss in ("sft", "none"):
+            return "nll" if self.loss == "sft" else "reward"
         exact = self.loss in ("rkl", "fkl") and self.resolved_support == "full"
         return "kl" if exact and self.target == "teacher" else "distill"

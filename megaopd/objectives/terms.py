@@ -6,8 +6,9 @@ from megaopd.losses import CrossEntropy, Divergence, Entropy, Sampled, Target
 from megaopd.losses.terms import Term
 from megaopd.objectives.spec import ObjectiveConfig
 
-# Names of the terms. The first one that an objective has is its loss.
-TERMS = ("distill", "sft", "entropy")
+# Names of the terms, which are also those of the loss families: each has its own token weights and
+# denominator. distill_low: rapo's part on the tempered reference.
+TERMS = ("distill", "distill_low", "rl", "sft", "replay", "entropy")
 
 
 @dataclass(frozen=True)
@@ -24,17 +25,25 @@ class WeightedTerm:
 
 def make_terms(objective: ObjectiveConfig) -> dict[str, WeightedTerm]:
     """The terms of an objective by name, of TERMS, in their order; it minimises their sum."""
-    terms: dict[str, WeightedTerm] = {}
-    if objective.is_divergence:
-        terms["distill"] = WeightedTerm(_divergence(objective))
-    elif objective.is_sampled:
-        terms["distill"] = WeightedTerm(_sampled(objective))
-    if objective.loss == "sft":
+    o, terms = objective, dict[str, WeightedTerm]()
+    if o.is_divergence:
+        terms["distill"] = WeightedTerm(_divergence(o), o.coef)
+    elif o.is_sampled:
+        terms["distill"] = WeightedTerm(_sampled(o), o.coef)
+    elif o.loss == "rapo":
+        low = Target(kind="tempered", weight=o.low_power)
+        terms["distill"] = WeightedTerm(Divergence(kind="fkl"), o.coef)
+        terms["distill_low"] = WeightedTerm(Divergence(kind="fkl", target=low), o.coef)
+    if o.rl:
+        terms["rl"] = WeightedTerm(_policy_gradient(o), o.rl_coef)
+    if o.loss == "sft":
         terms["sft"] = WeightedTerm(CrossEntropy())
-    elif objective.sft_coef:
-        terms["sft"] = WeightedTerm(CrossEntropy(), objective.sft_coef)
-    if objective.entropy_coef:
-        terms["entropy"] = WeightedTerm(Entropy(), -objective.entropy_coef, importance=False)
+    elif o.sft_coef:
+        terms["sft"] = WeightedTerm(CrossEntropy(), o.sft_coef)
+    if o.replay:
+        terms["replay"] = WeightedTerm(Sampled(estimator=o.replay), o.replay_coef, importance=False)
+    if o.entropy_coef:
+        terms["entropy"] = WeightedTerm(Entropy(), -o.entropy_coef, importance=False)
     return terms
 
 
@@ -58,4 +67,14 @@ def _sampled(o: ObjectiveConfig) -> Sampled:
         options={name: value for name, value in numbers.items() if value},
         baseline=o.resolved_baseline or None,
         k=o.resolved_baseline_k or None,
+        without=("advantage",),  # of rewards: the rl term's
     )
+
+
+def _policy_gradient(o: ObjectiveConfig) -> Sampled:
+    options = {
+        "clip_low": o.rl_clip_low,
+        "clip_high": o.rl_clip_high,
+        "dual_clip": o.dual_clip,
+    }
+    return Sampled(estimator=o.rl, options=options | ({"mix": o.mix} if o.rl == "trrd" else {}))

@@ -8,7 +8,7 @@ What no configuration can say: 1 a divergence in the advantage: divergences are 
 terms, and an estimator's reward is made of sampled tokens only; 5 sg[p] * rho, 6 a clamped
 truncated KL, 7 a live head with a detached tail: losses/lists.py has one form for each variant.
 Checked elsewhere: 11 token ids are never made again from text (data/types.Sample, trainer/batch);
-13 tokenizers (data/tokenizer.check_same_tokenizer). 12 has no counterpart: PACED is not offered.
+13 tokenizers (data/tokenizer.check_same_tokenizer).
 """
 
 import difflib
@@ -52,16 +52,16 @@ class Needs:
 
 
 def needs(objective: "ObjectiveConfig") -> Needs:
-    """What `objective` needs; no objective that is accepted needs rewards."""
+    """What `objective` needs."""
     o = objective
-    labels = o.is_sampled or o.loss == "sft" or o.sft_coef > 0
+    labels = o.is_sampled or o.loss == "sft" or o.sft_coef > 0 or bool(o.rl or o.replay)
     labels |= o.variant == "sampled_tail" or o.target == "one_hot"
     return Needs(
         teacher=o.needs_teacher,
         labels=labels,
         old_log_prob_pass=o.tis != "off",
         statistics_pass=o.tis in ("mask", "reject"),
-        rewards=False,
+        rewards=o.needs_rewards,
         payloads=_payloads(o),
     )
 
@@ -69,7 +69,7 @@ def needs(objective: "ObjectiveConfig") -> Needs:
 def _payloads(o: "ObjectiveConfig") -> tuple[str, ...]:
     if not o.needs_teacher:
         return PAYLOADS
-    if o.stats_k or o.target == "tempered":
+    if o.stats_k or o.target in ("tempered", "geometric", "linear") or o.loss == "rapo":
         return ("hidden",)
     if o.is_divergence:
         return ("hidden",) if o.resolved_support == "full" else ("hidden", "topk")
@@ -93,14 +93,20 @@ def check(objective: "ObjectiveConfig") -> None:
         _check_parameters(objective)
         _check_target(objective)
     _check_sampled(objective)
+    _check_rewards(objective)
     _check_statistics(objective)
+    if objective.second_loss:
+        objective.at(objective.second_from)  # checks itself
 
 
-def check_run(objective: "ObjectiveConfig", *, log_probs: bool, payload: str = "hidden") -> None:
+def check_run(
+    objective: "ObjectiveConfig", *, log_probs: bool, payload: str = "hidden", group: int = 0
+) -> None:
     """Refuse an objective that the rest of the run cannot serve.
 
     Args:
         log_probs: whether the samples carry the log-probs that they were drawn with.
+        group: samples of a prompt; 0: not known.
         payload: one of PAYLOADS; for a teacher on servers, objectives/remote.py says which.
     """
     if objective.tis != "off" and not log_probs:
@@ -111,6 +117,14 @@ def check_run(objective: "ObjectiveConfig", *, log_probs: bool, payload: str = "
             fix="set objective.tis=off"
             + (": the data's answers were not sampled" if objective.loss == "sft" else ""),
         )
+    if objective.needs_groups and group == 1:
+        what = "rl" if objective.rl else "weigh" if objective.weigh else "only"
+        raise UserError(
+            f"objective.{what} = {getattr(objective, what)} with rollout.samples_per_prompt = 1",
+            expected="groups of samples, whose rewards are compared",
+            fix="set rollout.samples_per_prompt=8"
+            + (", or objective.advantage=reward" if objective.rl else ""),
+        )
     enough = needs(objective).payloads
     if payload not in enough:
         raise UserError(
@@ -120,57 +134,6 @@ def check_run(objective: "ObjectiveConfig", *, log_probs: bool, payload: str = "
             f"needs more of the teacher's law",
             fix="have the teacher hand over its hidden states, or take a loss on less of its law",
         )
-
-
-def warnings(
-    objective: "ObjectiveConfig", *, temperature: float, top_p: float, top_k: int
-) -> list[str]:
-    """What is allowed and still likely to surprise; the arguments are the sampling law's.
-
-    The reasons count for one optimizer step per rollout, on samples of the student.
-    """
-    o, found = objective, []
-    if o.loss == "k3":
-        found.append(
-            "objective.loss = k3 has the value of reverse KL but the gradient of forward KL, "
-            "KL(teacher || student); for reverse KL take k2, k3pp, k1_reward or pg"
-        )
-    if o.variant == "unnorm":
-        found.append(
-            "objective.variant = unnorm is biased: it drives the student's mass out of the support"
-        )
-    if o.loss == "f_pg" and o.cap:
-        found.append(f"objective.cap = {o.cap} makes the gradient of f_pg biased")
-    if o.needs_teacher and (o.is_sampled or o.variant == "sampled_tail"):
-        found += _law_warnings(o, temperature, top_p, top_k)
-    if o.clip_low or o.clip_high:
-        found.append(
-            "objective.clip_low and clip_high do nothing: with one optimizer step per rollout the "
-            "ratio to the sampling weights is 1"
-        )
-    own = "on the student's own samples, whose likelihood has expected gradient 0 (sampling noise)"
-    if o.sft_coef:
-        found.append(f"objective.sft_coef = {o.sft_coef} acts {own}")
-    if o.target == "one_hot":
-        found.append(f"objective.target = one_hot puts mass on labels that are {own}")
-    return found
-
-
-def _law_warnings(o: "ObjectiveConfig", temperature: float, top_p: float, top_k: int) -> list[str]:
-    what = f"objective.{'variant = sampled_tail' if o.is_divergence else f'loss = {o.loss}'}"
-    law = []
-    if temperature == 0:
-        law.append("rollout.temperature = 0 samples nothing")
-    elif temperature != 1.0 and o.tis == "off":
-        law.append(f"rollout.temperature = {temperature} samples another law (see objective.tis)")
-    if temperature != 0:
-        law += [f"rollout.top_p = {top_p} never samples the rest"] * (top_p < 1)
-        law += [f"rollout.top_k = {top_k} never samples the rest"] * (top_k > 0)
-    return [
-        f"{what} is unbiased for samples of the student's full law, but {text}: its gradient is "
-        "biased; full and top-k divergences do not depend on this"
-        for text in law
-    ]
 
 
 def _check_loss(loss: str) -> None:
@@ -190,7 +153,9 @@ def _check_numbers(o: "ObjectiveConfig") -> None:
         raise UserError(f"objective.temperature = {o.temperature}", expected="a number above 0")
     for name in (
         "k", "baseline_k", "stats_k", "chunk_size", "alpha", "beta", "clip_low", "clip_high",
-        "cap", "sft_coef", "entropy_coef", "target_weight",
+        "cap", "sft_coef", "entropy_coef", "target_weight", "coef", "coef_end", "coef_steps",
+        "second_from", "low_power", "rl_coef", "rl_clip_low", "rl_clip_high", "dual_clip", "mix",
+        "replay_coef",
     ):  # fmt: skip
         value = getattr(o, name)
         if not 0 <= value < float("inf"):
@@ -216,6 +181,21 @@ _USERS: dict[str, tuple[Callable[["ObjectiveConfig"], bool], str]] = {
     "clip_low": (_takes(*CLIPPED), " and ".join(CLIPPED)),
     "clip_high": (_takes(*CLIPPED), " and ".join(CLIPPED)),
     "cap": (_takes(*CAPPED), ", ".join(CAPPED)),
+    "coef": (lambda o: o.distils, "a loss that compares with a teacher"),
+    "coef_steps": (lambda o: o.distils, "a loss that compares with a teacher"),
+    "coef_end": (lambda o: o.coef_steps > 0, "objective.coef_steps, the length of its way"),
+    "second_loss": (lambda o: o.distils, "a loss that compares with a teacher"),
+    "second_from": (lambda o: bool(o.second_loss), "objective.second_loss"),
+    "only": (lambda o: o.distils, "a loss that compares with a teacher"),
+    "weigh": (lambda o: o.distils, "a loss that compares with a teacher"),
+    "low_power": (_takes("rapo"), "rapo"),
+    "rl_coef": (lambda o: bool(o.rl), "objective.rl"),
+    "advantage": (lambda o: bool(o.rl), "objective.rl"),
+    "rl_clip_low": (lambda o: bool(o.rl), "objective.rl"),
+    "rl_clip_high": (lambda o: bool(o.rl), "objective.rl"),
+    "dual_clip": (lambda o: bool(o.rl), "objective.rl"),
+    "mix": (lambda o: o.rl == "trrd", "objective.rl = trrd"),
+    "replay_coef": (lambda o: bool(o.replay), "objective.replay"),
     "sft_coef": (
         lambda o: o.loss != "sft" and o.passes_labels,
         "losses other than sft, and pld, which is given no labels",
@@ -303,16 +283,10 @@ def _check_parameters(o: "ObjectiveConfig") -> None:
 
 
 def _check_target(o: "ObjectiveConfig") -> None:
-    if o.target in ("geometric", "linear"):
+    mixture = o.target in ("one_hot", "linear")
+    if mixture and not 0 < o.target_weight < 1:
         raise UserError(
-            f"objective.target = {o.target}: it mixes the teacher with a base model, and a run "
-            "has no place for a third model",
-            expected="target teacher, tempered or one_hot",
-            fix="set objective.target=teacher",
-        )
-    if o.target == "one_hot" and not 0 < o.target_weight < 1:
-        raise UserError(
-            f"objective.target = one_hot with target_weight = {o.target_weight}",
+            f"objective.target = {o.target} with target_weight = {o.target_weight}",
             expected="0 < target_weight < 1: the teacher's share of the target",
             fix="set objective.target_weight=0.8",
         )
@@ -345,6 +319,38 @@ def _check_sampled(o: "ObjectiveConfig") -> None:
             "objective.loss = f_pg without objective.f_kind",
             expected="the f-divergence that it estimates",
             fix="set objective.f_kind=js",
+        )
+
+
+def _check_rewards(o: "ObjectiveConfig") -> None:
+    if o.loss == "none" and not o.rl:
+        raise UserError(
+            "objective.loss = none without objective.rl",
+            expected="something to minimise",
+            fix="set objective.rl=ppo, or a loss",
+        )
+    if o.loss == "sft" and (o.rl or o.replay):
+        raise UserError(
+            f"objective.loss = sft with objective.rl = {o.rl!r}, objective.replay = {o.replay!r}",
+            expected="neither: sft trains on the data's answers, which nobody samples",
+            fix="set objective.loss=none or rkl, and objective.sft_coef with [mix] for answers",
+        )
+    if o.rl and not (o.dual_clip > 1 and 0 < o.rl_clip_low < 1 and o.rl_clip_high > 0):
+        raise UserError(
+            f"objective.rl_clip_low = {o.rl_clip_low}, rl_clip_high = {o.rl_clip_high}, "
+            f"dual_clip = {o.dual_clip}",
+            expected="0 < rl_clip_low < 1, rl_clip_high > 0 and dual_clip > 1",
+        )
+    if o.mix > 1 or o.low_power > 1:
+        raise UserError(
+            f"objective.mix = {o.mix}, objective.low_power = {o.low_power}",
+            expected="each from 0 to 1",
+        )
+    if o.rl and not o.passes_labels:
+        raise UserError(
+            f"objective.rl = {o.rl} with objective.loss = {o.loss}",
+            expected="a loss that is given the sampled tokens",
+            fix="take objective.loss=kl_top or fkl",
         )
 
 

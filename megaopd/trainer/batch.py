@@ -8,14 +8,22 @@ parallelism), T = the places of a micro-batch that the loss looks at. Hidden sta
 sequence-first, [S, B, H], so place s*B + b is that of position s of row b.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 from megaopd import platform
 from megaopd.data.balance import Plan, packed_plan, padded_plan
-from megaopd.data.packing import PaddedBatch, Rows, packed_rows, pad_batch, padded_rows, round_up
+from megaopd.data.packing import (
+    PaddedBatch,
+    Rows,
+    packed_rows,
+    pad_batch,
+    padded_rows,
+    round_up,
+    split_source,
+)
 from megaopd.data.types import Sample
 from megaopd.errors import UserError
 from megaopd.losses import ListedTeacher, loss_weights
@@ -31,7 +39,7 @@ class MicroBatch:
     position_ids: Any  # [B, S] int64
     rows: Any  # [T] int64: rows of [S*B, H] with a label, or None for all of them
     labels_T: Any  # [T] int64: the token that each row predicts
-    weights_T: Any  # [T] float32: mask x sample weight / denominator of the whole step
+    weights_T: Any  # [T] float32: mask / denominator of the whole step, all samples alike
     mask_T: Any  # [T] bool
     rollout_log_probs_T: Any  # [T] float32, 0 where the rollout gave none
     has_rollout_log_probs: bool
@@ -48,11 +56,20 @@ class MicroBatch:
     # Made before the update where the objective asks for it (importance.py), on the last stage.
     importance_weights_T: Any = None  # [T] float32: weights_T x importance weight / what survives
     importance_sums: Any = None  # [4] float64: sum w, sum w^2, clipped or dropped, counted
+    # weights_T of each loss family (a term of the objective), where samples differ in theirs.
+    families: Mapping[str, Any] = field(default_factory=dict)
+    sampled_T: Any = None  # [T] bool: of mask_T what the student sampled; None: all of it
+    advantage_T: Any = None  # [T] float32: of each token's sample; None: no sample has one
 
-    def term_weights(self, *, importance: bool) -> Any:
+    def term_weights(self, name: str = "", *, importance: bool) -> Any:
         """[T]: the token weights of a term, with importance weights where there are any."""
-        reweighed = importance and self.importance_weights_T is not None
-        return self.importance_weights_T if reweighed else self.weights_T
+        own = self.families.get(name, self.weights_T)
+        if not importance or self.importance_weights_T is None:
+            return own
+        if own is self.weights_T:
+            return self.importance_weights_T
+        ratio = self.importance_weights_T / self.weights_T
+        return own * ratio.nan_to_num(0.0, 0.0, 0.0)  # 0 / 0 where no token counts
 
     def select(self, hidden: Any) -> Any:
         """[S(/TP), B, H] -> [T, H]: the rows that the loss looks at."""
@@ -67,11 +84,23 @@ class StepCounts:
     samples: int
     tokens: int = 0  # that the student sampled; 0: those of the part
     longest: int = 0  # tokens of the longest sample: micro-batches of a step have one shape
+    families: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # samples and tokens
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> "StepCounts":
-        masks = [s.loss_mask or (1,) * len(s.response_ids) for s in samples]
-        return cls(len(samples), sum(map(sum, masks)), max(len(s.tokens) for s in samples))
+        tokens = [sum(s.loss_mask or (1,) * len(s.response_ids)) for s in samples]
+        families = {
+            name: (sum(inside), sum(n for n, own in zip(tokens, inside, strict=True) if own))
+            for name, inside in _members(samples).items()
+        }
+        return cls(len(samples), sum(tokens), max(len(s.tokens) for s in samples), families)
+
+
+def _members(samples: Sequence[Sample]) -> dict[str, list[bool]]:
+    """Which samples each loss family has; {}: no sample says, and every term sees all of them."""
+    named = [s.weights for s in samples if s.weights is not None]
+    names = dict.fromkeys(name for weights in named for name in weights)
+    return {name: [name in (s.weights or {}) for s in samples] for name in names}
 
 
 def make_micro_batches(
@@ -127,12 +156,7 @@ def make_micro_batches(
     batch = pad_batch(samples, pad_id=pad_id, multiple_of=multiple, length=length)
     if remote is not None:
         batch = replace(batch, loss_mask=remote.keep_scored(batch.loss_mask, samples))
-    options: dict[str, Any] = {"num_samples": whole.samples}
-    if loss_agg == "token-mean":
-        options = {"denominator": whole.tokens or None}
-    if loss_agg == "seq-mean-token-sum-norm":
-        options["max_length"] = max_sequence
-    weights = loss_weights(batch.loss_mask, loss_agg=loss_agg, **options)
+    weights = _token_weights(batch.loss_mask, samples, whole, loss_agg, max_sequence)
     lengths, width = segment_lengths(samples, grid), batch.tokens.shape[1]
     made = []
     for which in plan[grid.dp_rank]:
@@ -142,13 +166,56 @@ def make_micro_batches(
             rows = padded_rows(which, width)
         micro = _cut(batch, weights, which, rows, grid, pad_id)
         micro = replace(micro, samples=tuple(samples))
+        micro = _with_sample_numbers(micro, samples)
         if remote is not None:
             listed = remote.listed(which, samples, width)
             micro = replace(micro, payload=remote.payload, remote=_select(listed, micro.slot_T))
         made.append(micro)
-    if any(sample.log_probs is None for sample in samples):
+    if any(sample.log_probs is None for sample in samples if sample.kind == "rollout"):
         return made
     return [replace(micro, has_rollout_log_probs=True) for micro in made]
+
+
+def _token_weights(
+    mask: Any, samples: Sequence[Sample], whole: StepCounts, loss_agg: str, max_sequence: int
+) -> dict[str, Any]:
+    """Weights [N, L] by loss family, each with its own denominator; "" for all samples alike."""
+    import torch
+
+    def weights(mask: Any, count: int, tokens: int, factors: Any = None) -> Any:
+        options: dict[str, Any] = {"num_samples": max(count, 1)}
+        if loss_agg == "token-mean":
+            options = {"denominator": tokens or None}
+        if loss_agg == "seq-mean-token-sum-norm":
+            options["max_length"] = max_sequence
+        return loss_weights(mask, loss_agg=loss_agg, sample_weights=factors, **options)
+
+    made = {"": weights(mask, whole.samples, whole.tokens)}
+    for name, inside in _members(samples).items():
+        own = torch.tensor(inside)
+        factors = torch.tensor([(s.weights or {}).get(name, 0.0) for s in samples])
+        # Samples that fill up a micro-batch have their original's weights, and no tokens.
+        live = int((own & mask.any(1)).sum())
+        count, tokens = whole.families.get(name, (live, 0))
+        made[name] = weights(mask & own[:, None], count, tokens, factors)
+    return made
+
+
+def _with_sample_numbers(micro: MicroBatch, samples: Sequence[Sample]) -> MicroBatch:
+    """Each token with what its sample carries: who wrote it, and its advantage."""
+    import torch
+
+    number, _ = split_source(micro.sources_T)
+    known, number = number >= 0, number.clamp_min(0)
+    device = micro.tokens.device
+    changes: dict[str, Any] = {}
+    if any(s.kind != "rollout" for s in samples) and any(s.kind == "rollout" for s in samples):
+        sampled = torch.tensor([s.kind == "rollout" for s in samples])[number] & known
+        changes["sampled_T"] = sampled.to(device) & micro.mask_T
+    if any(s.advantage for s in samples):
+        advantage = torch.tensor([s.advantage for s in samples])[number] * known
+        changes["advantage_T"] = advantage.to(device)
+    return replace(micro, **changes) if changes else micro
 
 
 def plan_step(
@@ -197,7 +264,12 @@ def _select(listed: ListedTeacher | None, slot_T: Any) -> ListedTeacher | None:
 
 
 def _cut(
-    batch: PaddedBatch, weights: Any, which: Sequence[int], rows: Rows, grid: Grid, pad_id: int
+    batch: PaddedBatch,
+    weights: Mapping[str, Any],
+    which: Sequence[int],
+    rows: Rows,
+    grid: Grid,
+    pad_id: int,
 ) -> MicroBatch:
     """This rank's part of the rows, with everything that belongs to their tokens."""
     import torch
@@ -229,7 +301,8 @@ def _cut(
         position_ids=position_ids.contiguous().to(device),
         rows=kept,
         labels_T=take(batch.labels, flat, pad_id).to(device),
-        weights_T=take(weights, flat, 0.0).to(device),
+        weights_T=take(weights[""], flat, 0.0).to(device),
+        families={n: take(w, flat, 0.0).to(device) for n, w in weights.items() if n},
         mask_T=mask.to(device),
         rollout_log_probs_T=take(batch.rollout_log_probs, flat, 0.0).to(device),
         has_rollout_log_probs=False,

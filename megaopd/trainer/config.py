@@ -151,6 +151,14 @@ class RemoteTeacherConfig:
 
 
 @dataclass(frozen=True)
+class ReferenceConfig(ModelConfig):
+    """A third, frozen model beside student and teacher: the base of a geometric or linear target
+    (G-OPD's model before its reinforcement learning), on the student's ranks."""
+
+    offload: bool = False  # its weights are on the host between its turns
+
+
+@dataclass(frozen=True)
 class TeacherConfig(ModelConfig):
     """The teacher's checkpoint, or how it follows the student; where it runs."""
 

@@ -4,7 +4,8 @@ The loss sits behind the last stage's hidden states: it applies the output layer
 teacher chunk by chunk (losses/fused_head.py) and never holds full logits.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,30 @@ from megaopd.trainer.batch import MicroBatch
 STATS = ("student_log_prob", "student_entropy", "teacher_log_prob", "teacher_entropy", *LIST_STATS)
 ROLLOUT_SUMS = ("rollout_abs_diff", "rollout_k3", "rollout_ratio", "rollout_ratio_squared")
 IMPORTANCE_SUMS = ("weight", "weight_squared", "outside", "counted")
-SUMS = ("loss", "tokens", *TERMS, *STATS, *ROLLOUT_SUMS, *IMPORTANCE_SUMS)
+COUNTS = tuple(f"{name}_tokens" for name in TERMS)  # of each term's family
+SUMS = ("loss", "tokens", *TERMS, *COUNTS, *STATS, *ROLLOUT_SUMS, *IMPORTANCE_SUMS)
+
+
+@dataclass(frozen=True)
+class FrozenLaw:
+    """A model that the objective looks at and does not train, on the last stage.
+
+    hidden: one [T, Ht] per micro-batch, or a function that gives it when its turn comes.
+    weight, softcap: give the output layer's shard [Vp, Ht] and the logits' soft-cap for a
+        micro-batch, on the student's partition of the vocabulary.
+    """
+
+    hidden: Sequence[Any]
+    weight: Callable[[MicroBatch], Any]
+    softcap: Callable[[MicroBatch], float | None]
+
+    def at(self, index: int, micro: MicroBatch) -> OutputLayer | None:
+        """Its output layer on a micro-batch's rows; None where it gave no hidden states."""
+        hidden: Any = self.hidden[index]
+        hidden = hidden() if callable(hidden) else hidden
+        if hidden is None:
+            return None
+        return OutputLayer(hidden, self.weight(micro), softcap=self.softcap(micro))
 
 
 def run_schedule(
@@ -89,11 +113,10 @@ def objective_pass(
     objective: ObjectiveConfig,
     *,
     vocab: int,
-    teacher_hidden: Sequence[Any] | None,
-    teacher_weight: Any,
+    teacher: FrozenLaw | None,
+    reference: FrozenLaw | None = None,
     forward_only: bool,
     softcap: float | None = None,
-    teacher_softcap: Any = None,
 ) -> dict[str, float]:
     """Forward (and backward) of the objective over all micro-batches; token means of its stats.
 
@@ -101,40 +124,37 @@ def objective_pass(
         model: the student's stage or its chunks (wrapped in DDP where gradients are wanted).
         output_weight: callable that gives the student's [Vp, H] shard; used on the last stage.
         vocab: ids that are real in both models; logits of padded ids count for nothing.
-        teacher_hidden: one [T, Ht] per micro-batch on the last stage, or a function that gives it
-            when its turn comes; None for sft and for a teacher on servers, whose scores are in the
+        teacher: None without one, and for a teacher on servers, whose scores are in the
             micro-batches.
-        teacher_weight: gives the shard [Vp, Ht] of a micro-batch's teacher on the same partition.
+        reference: the base model that a geometric or linear target mixes with the teacher.
         softcap: of the student's logits (Architecture.final_softcap).
-        teacher_softcap: gives that of a micro-batch's teacher.
 
     Returns:
         loss (the objective as weighted) and token means, equal on every rank: see `_metrics`.
     """
     terms = make_terms(objective)
-    given = teacher_hidden if teacher_hidden is not None else [None] * len(micro_batches)
-    inputs = list(zip(micro_batches, given, strict=True))
+    needs_base = objective.target in ("geometric", "linear")
+    inputs = [(micro, index) for index, micro in enumerate(micro_batches)]
 
     def forward_step(iterator: Iterator[Any], stage: Any) -> tuple[Any, Any]:
-        micro, hidden_t = next(iterator)
+        micro, index = next(iterator)
         if not forward_only:
             faults.point("forward")
-        return forward_micro_batch(stage, micro), partial(loss_func, micro, hidden_t)
+        return forward_micro_batch(stage, micro), partial(loss_func, micro, index)
 
-    def taught(hidden_t: Any, micro: MicroBatch) -> OutputLayer:
-        return OutputLayer(hidden_t, teacher_weight(micro), softcap=teacher_softcap(micro))
-
-    def loss_func(micro: MicroBatch, hidden_t: Any, hidden: Any) -> tuple[Any, Any, Any]:
+    def loss_func(micro: MicroBatch, index: int, hidden: Any) -> tuple[Any, Any, Any]:
         import torch
 
         weight = output_weight()
-        hidden_t = hidden_t() if callable(hidden_t) else hidden_t
+        taught = teacher.at(index, micro) if teacher is not None else None
         result = fused_linear_objectives(
             micro.select(hidden),
             weight,
-            micro.remote if hidden_t is None else taught(hidden_t, micro),
+            micro.remote if taught is None else taught,
             _weighted(terms, micro),
+            base=reference.at(index, micro) if reference is not None and needs_base else None,
             labels=micro.labels_T if objective.passes_labels else None,
+            inputs=_inputs(objective, micro),
             vocab_size=vocab,
             group=grid.groups.tp,
             chunk_size=objective.chunk_size or None,
@@ -155,17 +175,27 @@ def objective_pass(
 def _weighted(terms: dict[str, WeightedTerm], micro: MicroBatch) -> dict[str, Objective]:
     """Each term with its token weights [T]."""
     return {
-        name: Objective(one.term, one.coef * micro.term_weights(importance=one.importance))
+        name: Objective(one.term, one.coef * micro.term_weights(name, importance=one.importance))
         for name, one in terms.items()
     }
+
+
+def _inputs(objective: ObjectiveConfig, micro: MicroBatch) -> dict[str, Any]:
+    """What sampled terms take besides log-probs, [T] each."""
+    import torch
+
+    if not objective.rl:
+        return {}
+    none = micro.advantage_T is None  # every group of the step has equal rewards
+    return {"advantage": torch.zeros_like(micro.weights_T) if none else micro.advantage_T}
 
 
 def _token_sums(result: Any, micro: MicroBatch) -> Any:
     """[n] fp64 sums over this micro-batch's tokens, in the order of SUMS."""
     import torch
 
-    mask = micro.mask_T
-    rows = {**result.terms, **result.stats}
+    mask = micro.mask_T if micro.sampled_T is None else micro.sampled_T
+    rows = dict(result.stats)
     if "student_log_prob" in rows:
         # Engine against trainer on the sampled token: k3 of the trainer's law over the engine's.
         diff = rows["student_log_prob"].double() - micro.rollout_log_probs_T.double()
@@ -175,6 +205,10 @@ def _token_sums(result: Any, micro: MicroBatch) -> Any:
         rows["rollout_ratio"] = bounded_exp(diff)
         rows["rollout_ratio_squared"] = rows["rollout_ratio"].square()
     sums = {name: torch.where(mask, row.double(), 0.0).sum() for name, row in rows.items()}
+    for name, row in result.terms.items():
+        own = micro.mask_T if name not in micro.families else micro.families[name] > 0
+        sums[name] = torch.where(own, row.double(), 0.0).sum()
+        sums[f"{name}_tokens"] = own.sum().double()
     sums |= {"loss": result.loss.detach().double(), "tokens": mask.sum().double()}
     if micro.importance_sums is not None:
         sums |= zip(IMPORTANCE_SUMS, micro.importance_sums.unbind(), strict=True)
@@ -200,15 +234,21 @@ def _metrics(
     """
     tokens = totals["tokens"]
     means = {name: value / max(tokens, 1.0) for name, value in totals.items()}
+    means |= {n: totals[n] / max(totals[f"{n}_tokens"], 1.0) for n in TERMS}
     metrics = {"loss": totals["loss"], "tokens": tokens, "entropy": means["student_entropy"]}
-    if objective.needs_teacher:
+    if objective.distils:
         metrics[objective.value_name] = means["distill"]
+    if objective.needs_teacher:
         if micro.payload == "hidden":
             metrics["teacher_entropy"] = means["teacher_entropy"]
         if objective.passes_labels:
             metrics["log_ratio"] = means["student_log_prob"] - means["teacher_log_prob"]
     if objective.loss == "sft" or objective.sft_coef:
         metrics["nll"] = means["sft"]
+    if objective.replay:
+        metrics["replay"] = means["replay"]
+    if objective.coef_steps or objective.coef != 1.0:
+        metrics["coef"] = objective.coef
     metrics |= {name: means[name] for name in objective.statistics_of(micro.payload)}
     # At another temperature the engine's log-probs are of another law.
     if micro.has_rollout_log_probs and objective.passes_labels and objective.temperature == 1.0:

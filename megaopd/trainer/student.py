@@ -19,7 +19,7 @@ from megaopd.trainer.importance import with_importance_weights
 from megaopd.trainer.log_probs import sequence_log_probs
 from megaopd.trainer.optim import check_optimizer, make_optimizer, make_schedule, wrap_ddp
 from megaopd.trainer.pace import Pace
-from megaopd.trainer.step import objective_pass
+from megaopd.trainer.step import FrozenLaw, objective_pass
 from megaopd.trainer.teachers.base import BaseTeacher
 
 
@@ -51,7 +51,8 @@ class Student:
         if optim is not None:
             check_optimizer(optim)
         self.base, self.lora = config.path, lora or LoraConfig()
-        self.arch, self.grid, self.objective = arch, grid, objective
+        self.arch, self.grid = arch, grid
+        self.objectives, self.objective = objective, objective.at(0)  # of all steps, of this one
         self.vocab = vocab or arch.vocab
         rows = vocab_rows or padded_vocab(arch.vocab, grid.tp_size, config.vocab_multiple)
         self.vocab_rows = rows
@@ -92,15 +93,25 @@ class Student:
         return WeightStream(self.chunks, self.arch, self.grid, only_rank_0=only_rank_0)
 
     def update(
-        self, micro_batches: Sequence[MicroBatch], teacher: BaseTeacher | None = None
+        self,
+        micro_batches: Sequence[MicroBatch],
+        teacher: BaseTeacher | None = None,
+        *,
+        reference: BaseTeacher | None = None,
+        step: int = 0,
     ) -> dict[str, float]:
         """One optimizer step; the objective's metrics with grad_norm and lr, equal on every rank.
+
+        Args:
+            reference: the base model of the objective's target.
+            step: its number, from 0, where the objective changes over the steps.
 
         Raises:
             RuntimeError: a NaN gradient (megatron-core's check).
             UserError: importance weights for samples without log-probs.
         """
-        hidden = teacher.hidden_states(micro_batches) if teacher else None
+        self.objective = self.objectives.at(step)
+        laws = [_law(model, micro_batches) for model in (teacher, reference)]
         if needs(self.objective).old_log_prob_pass:
             micro_batches = with_importance_weights(
                 self.wrapped,
@@ -115,7 +126,7 @@ class Student:
         for ddp in self.wrapped:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        metrics = self._pass(micro_batches, teacher, hidden, forward_only=False)
+        metrics = self._pass(micro_batches, *laws, forward_only=False)
         faults.point("optimizer")
         lr = self.optimizer.param_groups[0]["lr"]
         done, grad_norm, _ = self.optimizer.step()
@@ -135,20 +146,24 @@ class Student:
         )
 
     def score(
-        self, micro_batches: Sequence[MicroBatch], teacher: BaseTeacher | None = None
+        self,
+        micro_batches: Sequence[MicroBatch],
+        teacher: BaseTeacher | None = None,
+        *,
+        reference: BaseTeacher | None = None,
     ) -> dict[str, float]:
         """The objective's metrics on these micro-batches: no gradient, no importance weights."""
         import torch
 
         with torch.no_grad():
-            hidden = teacher.hidden_states(micro_batches) if teacher else None
-            return self._pass(micro_batches, teacher, hidden, forward_only=True)
+            laws = [_law(model, micro_batches) for model in (teacher, reference)]
+            return self._pass(micro_batches, *laws, forward_only=True)
 
     def _pass(
         self,
         micro_batches: Sequence[MicroBatch],
-        teacher: BaseTeacher | None,
-        hidden: list[Any] | None,
+        teacher: FrozenLaw | None,
+        reference: FrozenLaw | None,
         *,
         forward_only: bool,
     ) -> dict[str, float]:
@@ -159,11 +174,10 @@ class Student:
             micro_batches,
             self.objective,
             vocab=self.vocab,
-            teacher_hidden=hidden,
-            teacher_weight=teacher.output_weight if teacher else None,
+            teacher=teacher,
+            reference=reference,
             forward_only=forward_only,
             softcap=self.arch.final_softcap,
-            teacher_softcap=teacher.softcap if teacher else None,
         )
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
@@ -198,6 +212,13 @@ class Student:
         if "rng" in state:
             torch.set_rng_state(state["rng"]["torch"])
             rng_tracker().set_states(state["rng"]["tracker"])
+
+
+def _law(model: BaseTeacher | None, micro_batches: Sequence[MicroBatch]) -> FrozenLaw | None:
+    """A frozen model's hidden states on these micro-batches; a collective."""
+    if model is None:
+        return None
+    return FrozenLaw(model.hidden_states(micro_batches), model.output_weight, model.softcap)
 
 
 def rng_tracker() -> Any:

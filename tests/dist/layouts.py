@@ -23,6 +23,11 @@ class Layout(NamedTuple):
 
 
 SINGLE = Layout(1, distributed=False)
+# An objective with every family: the loss on wrong samples, a policy gradient, samples of others.
+MIXED = {
+    "loss": "k2", "only": "wrong", "coef": 0.5, "coef_end": 0.1, "coef_steps": 3, "rl": "ppo",
+    "sft_coef": 0.3, "replay": "dph_js", "replay_coef": 0.2, "entropy_coef": 0.1,
+}  # fmt: skip
 LAYOUTS = {
     "one-by-one": Layout(1, distributed=False, samples=1),  # the same rank in another order
     "tp2": Layout(2, tensor=2, distributed=False),
@@ -93,8 +98,29 @@ def samples(step, count=8):
     return made
 
 
+def told(made, objective):
+    """Samples as a run hands them over: pairs share a prompt, every third is right, and where the
+    objective has terms for them two were written by others."""
+    from dataclasses import replace
+
+    from megaopd.objectives.weights import weigh
+
+    made = [
+        replace(s, prompt=replace(s.prompt, id=f"p{i // 2}"), reward=float(i % 3 == 0))
+        for i, s in enumerate(made)
+    ]
+    if objective.sft_coef:
+        made[1] = replace(made[1], kind="sft", log_probs=None)
+    if objective.replay:
+        made[-1] = replace(made[-1], kind="replay", log_probs=None)
+    return weigh(made, objective)[0]
+
+
 def build(paths, layout, steps=STEPS, dtype="float32", lr=1e-2, **values):
-    """(grid, student, teacher or None) under `layout`; values: of the objective."""
+    """(grid, student, teacher or None) under `layout`; values: of the objective.
+
+    A target that needs a base model finds it as student.base_model: the initial student.
+    """
     from megaopd.models.arch import architecture, padded_vocab, read_hf_config
     from megaopd.models.config import ModelConfig
     from megaopd.objectives.spec import ObjectiveConfig
@@ -115,14 +141,18 @@ def build(paths, layout, steps=STEPS, dtype="float32", lr=1e-2, **values):
     student = Student(
         ModelConfig(path=student_path, dtype=dtype), arch, grid, objective, optim, total_steps=steps
     )
-    teacher = None
-    if objective.needs_teacher:
-        teacher = Teacher(
-            ModelConfig(path=teacher_path, dtype=dtype),
-            architecture(read_hf_config(teacher_path)),
+
+    def frozen(path):
+        return Teacher(
+            ModelConfig(path=path, dtype=dtype),
+            architecture(read_hf_config(path)),
             grid,
             vocab_rows=padded_vocab(arch.vocab, layout.tensor, 8),
         )
+
+    mixture = objective.target in ("geometric", "linear")
+    student.base_model = frozen(student_path) if mixture else None
+    teacher = frozen(teacher_path) if objective.needs_teacher else None
     return grid, student, teacher
 
 
@@ -130,8 +160,10 @@ def batch(step, grid, layout, student, count=8):
     """The micro-batches of one step."""
     from megaopd.trainer.batch import make_micro_batches
 
+    objective = student.objectives
+    made = samples(step, count)
     return make_micro_batches(
-        samples(step, count),
+        told(made, objective) if objective.needs_rewards else made,
         grid=grid,
         micro_batch_size=1 if layout.tokens else layout.samples,
         micro_batch_tokens=layout.tokens,
@@ -151,7 +183,9 @@ def trajectory(paths, layout, fault="", steps=STEPS, **values):
     grid, student, teacher = build(paths, layout, steps, **values)
     curve = []
     for step in range(steps):
-        metrics = student.update(batch(step, grid, layout, student), teacher)
+        metrics = student.update(
+            batch(step, grid, layout, student), teacher, reference=student.base_model, step=step
+        )
         names = [n for n in metrics if n in student.objective.list_statistics or "tis/" in n]
         curve.append((metrics["loss"], metrics["grad_norm"], *[metrics[n] for n in names]))
     weights = {n: float(t.double().abs().sum()) for n, t in student.weights()}

@@ -54,6 +54,9 @@ OBJECTIVE_LAYOUTS = ["tp2-pp2-sp-zero1", "packed-cp2-tp2-sp", "packed-pp2-vpp2-d
         {"support": "student_topk", "k": 8, "entropy_coef": 0.1},
         {"loss": "k2", "stats_k": 8, "tis": "mask"},
         {"loss": "k2", "tis": "seq", "loss_agg": "seq-mean-token-mean"},
+        layouts.MIXED,
+        {"loss": "rapo", "rl": "trrd", "weigh": "pass_rate", "loss_agg": "seq-mean-token-mean"},
+        {"target": "geometric", "target_weight": 1.25, "second_loss": "fkl", "second_from": 2},
     ],
     ids=str,
 )

@@ -18,6 +18,7 @@ SECTIONS = {
 }
 PAGES = [
     "README.md",
+    "docs/batches.md",
     "docs/clusters.md",
     "docs/configuration.md",
     "docs/design-notes.md",

@@ -17,8 +17,9 @@ from megaopd.objectives import names
 from megaopd.objectives.alarms import new_alarms
 from megaopd.objectives.presets import NOT_YET, PRESETS
 from megaopd.objectives.spec import ObjectiveConfig
+from megaopd.objectives.surprises import warnings
 from megaopd.objectives.terms import make_terms
-from megaopd.objectives.validate import PAYLOADS, check_run, needs, warnings
+from megaopd.objectives.validate import PAYLOADS, check_run, needs
 from megaopd.schema import load_config
 
 GOOD = ["student.path=s", "teacher.path=t", "data.source=task:addition3"]
@@ -70,8 +71,9 @@ def test_names_are_those_of_the_losses():
     assert {k: v.parameter for k, v in KINDS.items() if v.parameter} == names.PARAMETER
     without_rewards = {n for n, e in ESTIMATORS.items() if "advantage" not in e.needs}
     refused = {n for n in without_rewards if n in names.REFUSED}
-    assert set(names.ESTIMATORS) == without_rewards - refused
-    assert set(ESTIMATORS) <= set(names.ESTIMATORS) | set(names.REFUSED)
+    # rapo is a loss of its own, with the exact gradient in place of the estimator's.
+    assert set(names.ESTIMATORS) == without_rewards - refused - {"rapo"}
+    assert set(ESTIMATORS) <= set(names.LOSSES) | set(names.REFUSED)
     assert set(names.CLIPPED) == {n for n in names.ESTIMATORS if "clip_low" in ESTIMATORS[n].inputs}
     assert set(names.CAPPED) == {n for n in names.ESTIMATORS if "cap" in ESTIMATORS[n].inputs}
     pairs = [(k, s) for k in names.DIVERGENCES for s in names.SUPPORTS]
@@ -128,14 +130,31 @@ def test_every_objective_runs_and_gives_the_statistics_it_names(values):
     assert math.isclose(float(result.loss.detach()), float(total), rel_tol=1e-9)
 
 
+GROUPS = [*GOOD, "rollout.samples_per_prompt=4"]
+REPLAY = ["mix.kind=replay", "mix.source=responses.jsonl", "mix.per_step=4"]
+# What a method needs beside its preset.
+AROUND = {
+    **dict.fromkeys(("kdrl", "skill_sd", "rlad", "rapo", "paced", "posterior_rkl"), GROUPS),
+    "grpo": [one for one in GROUPS if not one.startswith("teacher")],
+    "dph_f": [*GROUPS, *REPLAY],
+    "dph_js": [*GROUPS, *REPLAY],
+    "gopd": [*GOOD, "reference.path=base"],
+}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_builds_and_is_described(name):
-    config = load(f"preset={name}")
-    objective = config.objective
-    assert objective == ObjectiveConfig.of(name) and objective.preset == name
+    objective = ObjectiveConfig.of(name)
+    assert objective.preset == name
     assert all(getattr(objective, k) == v for k, v in PRESETS[name].values.items())
-    assert list(make_terms(objective)) == ["distill"]
-    assert config.warnings == []
+    config = load_config(None, [*AROUND.get(name, GOOD), f"objective.preset={name}"])
+    assert config.objective == objective and config.warnings == []
+    wanted = {"distill"} if objective.distils else set[str]()
+    wanted |= {"distill_low"} if name == "rapo" else set()
+    wanted |= {"rl"} if objective.rl else set()
+    wanted |= {"replay"} if objective.replay else set()
+    wanted |= {"entropy"} if objective.entropy_coef else set()
+    assert set(make_terms(objective)) == wanted
     docs = Path(__file__).parents[2] / "docs/configuration.md"
     row = next(line for line in docs.read_text().splitlines() if line.startswith(f"| `{name}` |"))
     assert PRESETS[name].about in row and PRESETS[name].paper in row
@@ -152,8 +171,8 @@ def test_a_preset_fills_in_what_is_not_given(tmp_path):
     given = load(path=file).objective
     assert (given.loss, given.baseline_k, given.chunk_size) == ("vopd", 7, 3)
     # As an override it replaces the file's section: its parts need not fit another method.
-    replaced = load("preset=kdrl", path=file).objective
-    assert replaced == ObjectiveConfig.of("kdrl")
+    replaced = load("preset=gkd", path=file).objective
+    assert replaced == ObjectiveConfig.of("gkd")
 
 
 def test_the_saved_config_of_a_preset_is_the_same_objective(tmp_path):
@@ -177,14 +196,24 @@ def test_the_saved_config_of_a_preset_is_the_same_objective(tmp_path):
             ["support=student_topk", "k=4", "variant=sampled_tail", "temperature=2.0"],
             "law that sampled them",
         ),
-        (["loss=trrd"], "rewards of a group"),
-        (["loss=rlad"], "rewards of a group"),
+        (["loss=trrd"], "objective.rl=trrd"),
+        (["loss=rlad"], "objective.rl=trrd"),
+        (["loss=grpo"], "objective.rl=ppo"),
+        (["rl=ppo"], "samples_per_prompt = 1"),
+        (["loss=none"], "something to minimise"),
+        (["loss=sft", "rl=ppo"], "which nobody samples"),
+        (["weigh=pass_rate"], "samples_per_prompt = 1"),
+        (["coef_end=0.5"], "objective.coef_steps"),
+        (["second_loss=k9", "second_from=5"], "one of"),
+        (["mix=0.2"], "objective.rl = trrd"),
+        (["replay=dph_js"], "mix.source"),
         # what cannot be configured
         (["loss=sinkd"], "no sum over tokens"),
-        (["loss=rapo"], "reward"),
+        (["loss=rapo_paper"], "not the gradient"),
         (["loss=dph_js"], "initial policy"),
         (["target=geometric", "target_weight=1.25"], "base model"),
         (["target=linear", "target_weight=0.5"], "base model"),
+        (["target=linear"], "0 < target_weight < 1"),
         (["preset=gopd"], "base model"),
         (["preset=sinkd"], "couples the tokens"),
         (["preset=many_face"], "'many_faces'"),

@@ -376,7 +376,7 @@ X = torch.full((3,), -1.0)
     [
         ({"estimator": "k9"}, "'k1_reward', 'k2'"),
         ({"estimator": "k1"}, "expected gradient 0"),
-        ({"estimator": "trrd", "advantage": X}, "without old_log_prob"),
+        ({"estimator": "trrd"}, "without advantage"),
         ({"estimator": "ppo", "advantage": X}, "teacher_log_prob with estimator='ppo'"),
         ({"estimator": "k2", "teacher": None}, "without teacher_log_prob"),
         ({"estimator": "f_pg"}, "without kind"),
