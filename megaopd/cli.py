@@ -1,4 +1,4 @@
-"""megaopd train | eval | sample | plan | convert | report | doctor | quickstart: parse, build, run."""
+"""megaopd train | eval | sample | plan | convert | report | doctor | quickstart: thin."""
 
 import argparse
 import os

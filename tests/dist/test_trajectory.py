@@ -67,7 +67,8 @@ def test_same_trajectory_of_other_objectives(ranks, checkpoints, reference, valu
     single = reference(True, **values)
     found = differences(single, per_rank[0])
     # Few tokens hold most of the weight, and each weight is an exponential of a rounded log-prob.
-    loose = 20 if "tis" in values else 1
+    # Advantages cancel: the loss is a small difference of its families.
+    loose = 20 if "tis" in values or "only" in values else 1
     assert found[0] <= 2e-6 * loose and found[1] <= 1e-5 * loose and found[2] <= 1e-5, found
     more = [[step[2:] for step in curve] for curve, _ in (single, per_rank[0])]
     lists = 5 if {"k", "stats_k"} & values.keys() else 0

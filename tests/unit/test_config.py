@@ -152,8 +152,8 @@ def test_the_public_sections_are_pinned():
     sections = {f.name: f.type for f in fields(Config)}
     assert list(sections) == [
         "run", "student", "lora", "teacher", "teachers", "reference", "remote_teacher", "parallel",
-        "teacher_parallel", "data", "mix", "rollout", "server", "agent", "objective", "optim", "trainer",
-        "checkpoint", "eval", "report",
+        "teacher_parallel", "data", "mix", "rollout", "server", "agent", "objective", "optim",
+        "trainer", "checkpoint", "eval", "report",
     ]  # fmt: skip
 
 
