@@ -110,6 +110,16 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the source's")
         one.set_defaults(command=_convert, way=way)
 
+    recipe = commands.add_parser("recipe", help="a method on a laptop; --list has them all")
+    recipe.add_argument("name", nargs="?", default="")
+    recipe.add_argument("--list", dest="all", action="store_true", help="every method in a line")
+    recipe.add_argument("--variant", choices=("tiny", "full"), default="tiny")
+    recipe.add_argument("--show", action="store_true", help="print the TOML and run nothing")
+    recipe.add_argument("--dir", type=Path, default=Path("runs/recipes"))
+    recipe.add_argument("--seed", type=int, default=0)
+    recipe.add_argument("overrides", nargs="*", metavar="section.key=value")
+    recipe.set_defaults(command=_recipe)
+
     report = commands.add_parser("report", help="write report.html of a run")
     report.add_argument("run_dir", type=Path)
     report.set_defaults(command=_report)
@@ -146,11 +156,13 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    from megaopd.schema import sampling_config
+    from megaopd.config import read_toml
+    from megaopd.schema import make_config, sampling_values
 
     if arguments.prompts < 1:
         raise UserError(f"--prompts {arguments.prompts}", expected="at least 1")
-    config = sampling_config(arguments.config, arguments.overrides)
+    values = sampling_values(read_toml(arguments.config) if arguments.config else {})
+    config = make_config(values, arguments.overrides)
 
     def work() -> int:
         from megaopd import run
@@ -233,6 +245,22 @@ def _plan(arguments: argparse.Namespace) -> int:
         suggest=arguments.suggest,
         as_json=arguments.json,
     )
+
+
+def _recipe(arguments: argparse.Namespace) -> int:
+    from megaopd.study import methods
+
+    if arguments.all:
+        from rich.console import Console
+
+        Console().print(methods.table())
+        return 0
+    if not arguments.name:
+        raise UserError("no method", expected="its name", fix="megaopd recipe --list")
+    return methods.command(
+        arguments.name, arguments.variant, arguments.dir, arguments.seed, arguments.overrides,
+        show=arguments.show,
+    )  # fmt: skip
 
 
 def _report(arguments: argparse.Namespace) -> int:

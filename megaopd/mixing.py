@@ -34,6 +34,12 @@ class Mixture:
                 least_pass_rate=self.mix.least_pass_rate,
             )
 
+    def examples(self, step: int, count: int) -> list[Sample]:
+        """The file's responses that supervised fine-tuning trains on; [] without a file."""
+        if not self.stored:
+            return []
+        return pick(self.stored, step, self.mix.per_step or count, self.seed)
+
     def __call__(self, samples: Sequence[Sample], step: int) -> list[Sample]:
         """The samples of step number `step`, the same on every rank."""
         found = list(samples)

@@ -231,9 +231,13 @@ class Parts:
     def text(self, sample: Sample) -> str:
         return response_text(sample, self.tokenizer, self.eos_ids)
 
-    def examples(self) -> list[Sample]:
-        """The next prompts with the data's own answers as responses (supervised fine-tuning)."""
-        prompts = self.prompts.next_batch(self.config.rollout.prompts_per_step)
+    def examples(self, step: int) -> list[Sample]:
+        """What supervised fine-tuning trains on: [mix]'s file, or the next prompts' own answers."""
+        count = self.config.rollout.prompts_per_step
+        stored = self.mixture.examples(step, count)
+        if stored:
+            return stored
+        prompts = self.prompts.next_batch(count)
         return [example(prompt, self.tokenizer) for prompt in prompts]
 
     def micro_batches(self, samples: Sequence[Sample]) -> list[MicroBatch]:
@@ -263,7 +267,9 @@ class Parts:
 
     def update(self, samples: Sequence[Sample], step: int = 0) -> dict[str, float]:
         """Score with the teacher and take one optimizer step."""
-        samples, told = weigh(self.mixture(samples, step), self.config.objective)
+        if self.config.on_policy:
+            samples = self.mixture(samples, step)
+        samples, told = weigh(samples, self.config.objective)
         micro_batches = self.micro_batches(samples)
         with self.timed("update"):
             metrics = told | self.student.update(

@@ -59,7 +59,7 @@ def one_step(parts: Parts, step: int) -> None:
         samples = parts.sample(step)
         samples = parts.verify(samples)
     else:
-        samples = parts.examples()
+        samples = parts.examples(step)
     metrics = parts.update(samples, step)  # the teacher scores inside, before the student
     every = parts.config.report.rank_times_every
     if every and (step + 1) % every == 0:

@@ -189,12 +189,14 @@ class Config:
         """Samples that a term looks at, and a term whose samples are there."""
         o, mix = self.objective, self.mix
         given = mix.source or mix.student_share < 1
-        if given and o.loss == "sft":
-            raise UserError(
-                "[mix] with objective.loss = sft",
-                expected="none: every sample is an answer of the data",
-                fix="remove [mix]; to train on a file of responses give it as data.source",
-            )
+        if o.loss == "sft":
+            if given and (mix.source in ("", "answers") or mix.kind != "sft"):
+                raise UserError(
+                    f"mix.source = {mix.source!r}, mix.kind = {mix.kind} with objective.loss = sft",
+                    expected="a file of `megaopd sample` to train on, or no [mix]",
+                    fix="remove [mix]: the data's answers are trained on without it",
+                )
+            return
         if given and o.tis != "off":
             raise UserError(
                 f"[mix] with objective.tis = {o.tis}",
@@ -212,6 +214,12 @@ class Config:
                 f"mix.source = {mix.source} with objective.sft_coef = 0",
                 expected="a term that looks at them",
                 fix="set objective.sft_coef=1.0",
+            )
+        if mix.source not in ("", "answers") and not mix.per_step:
+            raise UserError(
+                f"mix.source = {mix.source} without mix.per_step",
+                expected="how many of its responses join a step",
+                fix="set mix.per_step=16",
             )
         if bool(o.replay) != (bool(mix.source) and mix.kind == "replay"):
             raise UserError(
@@ -383,17 +391,8 @@ def make_config(values: dict[str, Any], overrides: Sequence[str] = ()) -> Config
     return build(Config, values)
 
 
-def sampling_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """The same of a model that only samples: what a run would train on is left out."""
-    values = read_toml(path) if path else {}
-    for section in (
-        "teacher",
-        "teachers",
-        "teacher_parallel",
-        "reference",
-        "remote_teacher",
-        "mix",
-    ):
-        values.pop(section, None)
-    values["objective"] = {"loss": "none", "rl": "ppo", "advantage": "reward"}
-    return make_config(values, overrides)
+def sampling_values(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a run whose model only samples: what it would train on is left out."""
+    dropped = ("teacher", "teachers", "teacher_parallel", "reference", "remote_teacher", "mix")
+    kept = {name: section for name, section in values.items() if name not in dropped}
+    return {**kept, "objective": {"loss": "none", "rl": "ppo", "advantage": "reward"}}

@@ -103,12 +103,6 @@ class MixConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"mix.{name} = {getattr(self, name)}", expected="from 0 to 1")
         file = self.source not in ("", "answers")
-        if file and not self.per_step:
-            raise UserError(
-                f"mix.source = {self.source} without mix.per_step",
-                expected="how many of its responses join a step",
-                fix="set mix.per_step=16",
-            )
         if self.source == "answers" and self.kind == "replay":
             raise UserError(
                 "mix.source = answers with mix.kind = replay",

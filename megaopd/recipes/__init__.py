@@ -1,8 +1,99 @@
-"""Whole runs as TOML files, and where to find them."""
+"""Whole runs as TOML files, and where to find them.
 
+quickstart/ and h100/ are runs. methods/ has a file for each method, which goes on top of what all
+methods share: tiny.toml on a laptop, full.toml on H100s. stages/ are what comes before a tiny run;
+a string of a method or stage that holds "{NAME}" stands for what stage NAME makes.
+"""
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
+
+from megaopd.errors import UserError
+
+FOLDER = Path(__file__).parent
+Variant = Literal["tiny", "full"]
+_PLACE = re.compile(r"\{(\w+)\}")
 
 
 def recipe(name: str) -> Path:
     """The path of a packaged recipe, e.g. recipe("quickstart/opd")."""
-    return Path(__file__).parent / f"{name}.toml"
+    return FOLDER / f"{name}.toml"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method's recipe: what it is for, how it is judged, and its values by section."""
+
+    name: str
+    about: str
+    paper: str
+    when: str
+    cost: str
+    metric: str  # of an evaluation, named before it is run
+    direction: Literal["up", "down", "none"]  # where the metric is expected to go
+    baseline: str  # another method, or "student": the model before
+    sections: Mapping[str, Any]
+
+    def values(self, variant: Variant) -> dict[str, Any]:
+        """A run's TOML values: the shared ones, the method's, and those of the variant."""
+        shared = tomllib.loads((FOLDER / f"{variant}.toml").read_text())
+        own = {k: v for k, v in self.sections.items() if k not in ("recipe", "tiny", "full")}
+        return merged(merged(shared, own), self.sections.get(variant, {}))
+
+
+def methods() -> list[str]:
+    """Names of the methods that have a recipe."""
+    return sorted(path.stem for path in (FOLDER / "methods").glob("*.toml"))
+
+
+def method(name: str) -> Method:
+    """The recipe of a method. UserError for a name that has none."""
+    if name not in methods():
+        raise UserError(f"no recipe {name!r}", expected="one of " + ", ".join(methods()))
+    sections = tomllib.loads((FOLDER / "methods" / f"{name}.toml").read_text())
+    return Method(name, **sections["recipe"], sections=sections)
+
+
+def stage_values(name: str) -> dict[str, Any]:
+    """What a stage is: its kind, and a run's values where it is one."""
+    path = FOLDER / "stages" / f"{name}.toml"
+    if not path.is_file():
+        raise UserError(f"no stage {name!r}", expected=f"a file {path.name} in {path.parent}")
+    return tomllib.loads(path.read_text())
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`below` with the values of `above` in it, section by section."""
+    found = dict(below)
+    for key, value in above.items():
+        old = found.get(key)
+        both = isinstance(value, Mapping) and isinstance(old, Mapping)
+        found[key] = merged(old, value) if both else value  # pyright: ignore[reportArgumentType]
+    return found
+
+
+def places(values: Any) -> Iterator[str]:
+    """Names of the stages that some values refer to."""
+    if isinstance(values, str):
+        yield from _PLACE.findall(values) if _whole(values) else ()
+    elif isinstance(values, Mapping):
+        for value in values.values():
+            yield from places(value)
+
+
+def filled(values: Any, found: Mapping[str, str]) -> Any:
+    """The values with what those stages made."""
+    if isinstance(values, str) and _whole(values):
+        return found[values[1:-1]]
+    if isinstance(values, Mapping):
+        return {key: filled(value, found) for key, value in values.items()}
+    return values
+
+
+def _whole(text: str) -> bool:
+    """Whether a string is a stage's name in braces and nothing else: {pi} in a prompt is none."""
+    return _PLACE.fullmatch(text) is not None

@@ -9,6 +9,7 @@ PACKAGE = Path(megaopd.__file__).parent
 # Top first. A module may import from its own layer and from every layer below it.
 LAYERS = [
     ["cli", "__main__"],
+    ["study"],
     ["quickstart", "doctor"],
     ["run"],
     ["evaluation"],

@@ -1,0 +1,73 @@
+"""`megaopd recipe`: a method's recipe on a laptop, judged by the metric that it names."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from megaopd.config import apply_overrides
+from megaopd.errors import UserError
+from megaopd.recipes import Variant, method, methods
+from megaopd.study.stages import Stages
+
+
+def run_tiny(
+    name: str, root: Path, seed: int, overrides: Sequence[str] = ()
+) -> dict[str, float | str]:
+    """Run a method's tiny variant after its stages, in this process.
+
+    Returns:
+        method, seed, its metric before and after, and the folder of the run.
+    """
+    one = method(name)
+    values = apply_overrides(one.values("tiny"), overrides)
+    summary = Stages(root / f"seed_{seed}", seed).run(name, values)
+    return {
+        "method": name,
+        "seed": seed,
+        "metric": one.metric,
+        "before": summary[f"{one.metric}_before"],
+        "after": summary[f"{one.metric}_after"],
+        "seconds": summary["seconds"],
+        "dir": summary["dir"],
+    }
+
+
+def as_toml(name: str, variant: Variant, overrides: Sequence[str] = ()) -> str:
+    """A method's values as the TOML of a run; {NAME} stands for what a stage makes."""
+    return tomli_w.dumps(apply_overrides(method(name).values(variant), overrides))
+
+
+def table() -> Any:
+    """Every method in a line, for the console."""
+    from rich.table import Table
+
+    made = Table("method", "what", "metric", "baseline", box=None)
+    arrow = {"up": "\N{UPWARDS ARROW}", "down": "\N{DOWNWARDS ARROW}", "none": ""}
+    for name in methods():
+        one = method(name)
+        made.add_row(name, one.about, f"{one.metric} {arrow[one.direction]}", one.baseline)
+    return made
+
+
+def command(
+    name: str, variant: Variant, root: Path, seed: int, overrides: Sequence[str], *, show: bool
+) -> int:
+    """What the command line asks for."""
+    if show:
+        print(as_toml(name, variant, overrides), end="")
+        return 0
+    if variant == "full":
+        raise UserError(
+            "a full variant is a run of its own",
+            expected="--show, which prints its TOML",
+            fix=f"megaopd recipe {name} --variant full --show > run.toml, put in your paths, and "
+            "megaopd train --config run.toml",
+        )
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    found = run_tiny(name, root, seed, overrides)
+    print(f"{name}: {found['metric']} {found['before']:.4f} -> {found['after']:.4f}")
+    print(f"megaopd report {found['dir']}")
+    return 0
