@@ -1,7 +1,7 @@
 """`megaopd recipe`: a method's recipe on a laptop, judged by the metric that it names."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +13,27 @@ from megaopd.recipes import Variant, method, methods
 from megaopd.study.stages import Stages
 
 
-def run_tiny(
-    name: str, root: Path, seed: int, overrides: Sequence[str] = ()
-) -> dict[str, float | str]:
+def run_tiny(name: str, root: Path, seed: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Run a method's tiny variant after its stages, in this process.
 
     Returns:
-        method, seed, its metric before and after, and the folder of the run.
+        method, seed, every evaluated figure before and after, seconds, and the folder of the run.
     """
-    one = method(name)
-    values = apply_overrides(one.values("tiny"), overrides)
+    values = apply_overrides(method(name).values("tiny"), overrides)
     summary = Stages(root / f"seed_{seed}", seed).run(name, values)
     return {
         "method": name,
         "seed": seed,
-        "metric": one.metric,
-        "before": summary[f"{one.metric}_before"],
-        "after": summary[f"{one.metric}_after"],
+        **{when: figures(summary, when) for when in ("before", "after")},
         "seconds": summary["seconds"],
         "dir": summary["dir"],
     }
+
+
+def figures(summary: Mapping[str, Any], when: str) -> dict[str, float]:
+    """What a run's evaluations found before or after it, by name."""
+    end = f"_{when}"
+    return {k.removesuffix(end): v for k, v in summary.items() if k.endswith(end)}
 
 
 def as_toml(name: str, variant: Variant, overrides: Sequence[str] = ()) -> str:
@@ -68,6 +69,7 @@ def command(
         )
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     found = run_tiny(name, root, seed, overrides)
-    print(f"{name}: {found['metric']} {found['before']:.4f} -> {found['after']:.4f}")
+    metric = method(name).metric
+    print(f"{name}: {metric} {found['before'][metric]:.4f} -> {found['after'][metric]:.4f}")
     print(f"megaopd report {found['dir']}")
     return 0

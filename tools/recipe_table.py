@@ -1,0 +1,166 @@
+"""Every method's tiny variant over some seeds, judged by the metric that its recipe names.
+
+python tools/recipe_table.py                      all methods, seeds 0 1 2 -> docs/recipes.md, .json
+python tools/recipe_table.py --only grpo kdrl     some of them and their baselines
+python tools/recipe_table.py --pages              docs/methods/: a page a method, from the recipes
+
+What the folder of runs has already is not run again. An improvement is claimed where the metric
+went the way that the recipe names, against its baseline, with every seed.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+DOCS = ROOT / "docs"
+SETTINGS = ("objective", "mix", "reference", "teacher", "data", "rollout", "student")
+
+from megaopd.recipes import Method, method, methods  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="*", default=[], help="methods; default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--work", type=Path, default=Path("runs/recipes"))
+    parser.add_argument("--out", type=Path, default=DOCS / "recipes")
+    parser.add_argument("--pages", action="store_true", help="only write docs/methods/")
+    options = parser.parse_args()
+    if options.pages:
+        write_pages(json.loads(options.out.with_suffix(".json").read_text())["runs"])
+        return 0
+    names = list(dict.fromkeys(_with_baselines(options.only or methods())))
+    records = [_run(name, options.work, seed) for seed in options.seeds for name in names]
+    _write(options, records)
+    failed = [r for r in records if "error" in r]
+    return 1 if failed else 0
+
+
+def _with_baselines(names: list[str]) -> list[str]:
+    """Each after what it is compared with."""
+    found: list[str] = []
+    for name in names:
+        base = method(name).baseline
+        found += [*(_with_baselines([base]) if base != "student" else []), name]
+    return found
+
+
+def _run(name: str, work: Path, seed: int) -> dict[str, Any]:
+    from megaopd.study.methods import run_tiny
+
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", OMP_NUM_THREADS="1")
+    try:
+        return run_tiny(name, work, seed)
+    except Exception as error:  # one method's fault is a row of the table
+        traceback.print_exc()
+        return {"method": name, "seed": seed, "error": f"{type(error).__name__}: {error}"}
+
+
+def judged(one: Method, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """A method's mean and its difference from the baseline, seed by seed."""
+    mine = {r["seed"]: r for r in records if r["method"] == one.name and "error" not in r}
+    base = {r["seed"]: r for r in records if r["method"] == one.baseline and "error" not in r}
+    pairs = []
+    for seed, record in mine.items():
+        if one.baseline == "student":
+            pairs.append(record["after"][one.metric] - record["before"][one.metric])
+        elif one.metric in base.get(seed, {"after": {}})["after"]:
+            pairs.append(record["after"][one.metric] - base[seed]["after"][one.metric])
+    sign = {"up": 1, "down": -1, "none": 0}[one.direction]
+    return {
+        "after": statistics.mean(r["after"][one.metric] for r in mine.values()) if mine else None,
+        "differences": pairs,
+        "as_named": bool(pairs) and all(sign * d > 0 for d in pairs) if sign else None,
+    }
+
+
+def _write(options: Any, records: list[dict[str, Any]]) -> None:
+    for record in records:
+        record.pop("dir", None)
+    record = {"seeds": options.seeds, "runs": records}
+    options.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    lines = [
+        "# Methods at laptop scale",
+        "",
+        "    python tools/recipe_table.py --seeds " + " ".join(map(str, options.seeds)),
+        "",
+        "The tiny variant of every recipe (`megaopd recipe NAME`): two-digit addition, a student "
+        "of 25,312 parameters that knows a third of it, a",
+        "teacher of 99,776, the embedded engine, one process. Metric, direction and baseline stand "
+        "in the recipe and were written before the runs.",
+        "Difference: to the baseline with the same seed, mean [smallest, largest]. 'as named': in "
+        "the named direction with every seed.",
+        "",
+        "| method | metric | after | baseline | difference | named | as named |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    against = []
+    for name in dict.fromkeys(r["method"] for r in records):
+        one = method(name)
+        found = judged(one, records)
+        if not found["differences"]:
+            errors = {r["error"] for r in records if r["method"] == name and "error" in r}
+            lines.append(f"| {name} | {one.metric} | failed: {'; '.join(errors)} | | | | |")
+            continue
+        d = found["differences"]
+        verdict = {True: "yes", False: "**no**", None: "-"}[found["as_named"]]
+        against += [name] if found["as_named"] is False else []
+        lines.append(
+            f"| [{name}](methods/{name}.md) | {one.metric} | {found['after']:.3f} | {one.baseline} "
+            f"| {statistics.mean(d):+.3f} [{min(d):+.3f}, {max(d):+.3f}] | {one.direction} "
+            f"| {verdict} |"
+        )
+    lines += ["", f"Not as named: {', '.join(against) or 'none'}.", ""]
+    options.out.with_suffix(".md").write_text("\n".join(lines))
+    write_pages(records)
+
+
+def write_pages(records: list[dict[str, Any]]) -> None:
+    """docs/methods/NAME.md, and an index."""
+    folder = DOCS / "methods"
+    folder.mkdir(exist_ok=True)
+    index = ["# Methods", "", "A page each, from the recipes in `megaopd/recipes/methods/`.", ""]
+    index += ["| method | what | when |", "|---|---|---|"]
+    for name in methods():
+        one = method(name)
+        (folder / f"{name}.md").write_text(page(one, records))
+        index.append(f"| [{name}]({name}.md) | {one.about} | {one.when} |")
+    (folder / "README.md").write_text("\n".join([*index, ""]))
+
+
+def page(one: Method, records: list[dict[str, Any]]) -> str:
+    """What, when, costs, settings, source, and what was measured."""
+    source = f"arXiv {one.paper}" if one.paper[:4].isdigit() else one.paper
+    lines = [f"# {one.name}", "", f"{one.about[0].upper()}{one.about[1:]}. Source: {source}.", ""]
+    lines += [f"- When: {one.when}.", f"- Costs: {one.cost}.", ""]
+    lines += [f"    megaopd recipe {one.name}                            # on a laptop"]
+    lines += [f"    megaopd recipe {one.name} --variant full --show      # TOML for H100s", ""]
+    lines += ["Its own settings (what each does: [configuration.md](../configuration.md)):", ""]
+    for section in SETTINGS:
+        for key, value in one.sections.get(section, {}).items():
+            lines.append(f"    {section}.{key} = {json.dumps(value)}")
+    for variant in ("tiny", "full"):
+        for section, values in one.sections.get(variant, {}).items():
+            for key, value in values.items():
+                lines.append(f"    {section}.{key} = {json.dumps(value)}    # {variant}")
+    goes = {"up": "expected up", "down": "expected down", "none": "no direction claimed"}
+    lines += ["", f"Judged by {one.metric} against {one.baseline}, {goes[one.direction]}."]
+    found = judged(one, records)
+    if found["differences"]:
+        d = found["differences"]
+        lines.append(
+            f"Measured at laptop scale over {len(d)} seeds: {found['after']:.3f} after, difference "
+            f"{statistics.mean(d):+.3f} [{min(d):+.3f}, {max(d):+.3f}] ([all](../recipes.md))."
+        )
+    return "\n".join([*lines, "", "The full variant has not been run on GPUs.", ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
