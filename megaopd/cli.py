@@ -120,6 +120,14 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("overrides", nargs="*", metavar="section.key=value")
     recipe.set_defaults(command=_recipe)
 
+    study = commands.add_parser("study", help="many_faces: the paper's questions, on a laptop")
+    study.add_argument("name", choices=("many_faces",))
+    study.add_argument("--dir", type=Path, default=Path("runs/study"))
+    study.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    study.add_argument("--workers", type=int, default=2, help="processes, a seed each at a time")
+    study.add_argument("--only", type=int, nargs="+", default=[], help="questions: 1 2 4 5 6")
+    study.set_defaults(command=_study)
+
     report = commands.add_parser("report", help="write report.html of a run")
     report.add_argument("run_dir", type=Path)
     report.set_defaults(command=_report)
@@ -261,6 +269,12 @@ def _recipe(arguments: argparse.Namespace) -> int:
         arguments.name, arguments.variant, arguments.dir, arguments.seed, arguments.overrides,
         show=arguments.show,
     )  # fmt: skip
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from megaopd.study.runner import command
+
+    return command(arguments.dir, arguments.seeds, arguments.workers, arguments.only)
 
 
 def _report(arguments: argparse.Namespace) -> int:

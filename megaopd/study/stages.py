@@ -13,7 +13,7 @@ from typing import Any
 
 from megaopd.config import apply_overrides
 from megaopd.recipes import filled, places, stage_values
-from megaopd.schema import make_config, sampling_values
+from megaopd.schema import Config, make_config, sampling_values
 
 
 @dataclass
@@ -46,6 +46,11 @@ class Stages:
         folder = self._folder(name, values)
         self._train(name, values, folder)
         return {**json.loads((folder / "summary.json").read_text()), "dir": str(folder)}
+
+    def config(self, values: Mapping[str, Any]) -> Config:
+        """The Config of such values, whose run.dir is given, after their stages."""
+        values = self._filled(values)
+        return make_config(self._placed(values, Path(values["run"]["dir"])))
 
     def _filled(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return filled(values, {name: self.make(name) for name in dict.fromkeys(places(values))})

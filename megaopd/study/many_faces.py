@@ -1,0 +1,193 @@
+"""The questions of "The Many Faces of On-Policy Distillation" (arXiv 2605.11182) at laptop scale.
+
+One factor at a time around a centre: reverse KL on the student's top k, gradient stopped, from a
+larger teacher. What is run is in CASES; what counts as the paper's finding is in FINDINGS, written
+before any run. Everything is done by ordinary runs (study/stages.py).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from megaopd.recipes import merged
+
+KS = (1, 2, 5)  # of 18 tokens
+TRUNCATED = ("unnorm", "sg", "renorm", "tail", "intersect")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of each seed: its name, which question it belongs to, and its values."""
+
+    name: str
+    question: int
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _truncated(variant: str, k: int) -> dict[str, Any]:
+    chosen = {"loss": "rkl", "support": "student_topk", "k": k, "variant": variant}
+    if variant == "intersect":
+        chosen["support"] = "intersection"
+    return {"objective": {**chosen, "i_know_biased": variant == "unnorm"}}
+
+
+def _loss(**values: Any) -> dict[str, Any]:
+    return {"objective": {"stats_k": 2, **values}}
+
+
+CENTRE = _truncated("sg", 2)
+SEES = {"data": {"teacher_sees": "answer", "teacher_text": "{pi}?{prompt}"}}
+SELF = {"teacher": {"path": "", "kind": "periodic", "sync_every": 40}}
+
+CASES: tuple[Case, ...] = (
+    # 1: the loss, over k; the sampled estimators are question 6 too
+    Case("full", 1, _loss(loss="rkl")),
+    *(Case(f"{v}, k={k}", 1, _truncated(v, k)) for v in TRUNCATED for k in KS),
+    Case("sampled, k2", 6, _loss(loss="k2")),
+    Case("sampled, pg", 6, _loss(loss="pg")),
+    Case("vopd", 6, {"objective": {"loss": "vopd", "baseline": "topk", "baseline_k": 5}}),
+    # 1: the teacher
+    Case("same-size RL teacher", 2, merged(CENTRE, {"teacher": {"path": "{grpo_teacher}"}})),
+    Case(
+        "same-size RL teacher that sees the answer",
+        2,
+        merged(merged(CENTRE, SEES), {"teacher": {"path": "{grpo_teacher}"}}),
+    ),
+    Case("larger teacher that sees the answer", 2, merged(CENTRE, SEES)),
+    # 4: the student as its own teacher
+    Case("self, sees the answer", 4, merged(merged(_loss(loss="jsd"), SEES), SELF)),
+    Case("self, sees nothing", 4, merged(_loss(loss="jsd"), SELF)),
+    # 5: where the student comes from
+    Case("raw student", 5, merged(CENTRE, {"student": {"path": "{raw_student}"}})),
+    Case("raw student, full", 5, merged(_loss(loss="rkl"), {"student": {"path": "{raw_student}"}})),
+)
+CENTRE_NAME = "sg, k=2"
+
+# Of a case and seed: accuracy, before, kl (exact, to the case's teacher), entropy, mass (the last
+# on the support), mass_first.
+Figures = Mapping[str, float]
+Table = Mapping[str, Mapping[int, Figures]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line of the paper: what it says, the cases that it is about, and the rule of a verdict.
+
+    holds: of one seed, by case name: whether the finding shows there.
+    """
+
+    says: str
+    cases: tuple[str, ...]
+    holds: Callable[[Mapping[str, Figures]], bool]
+    shows: tuple[str, ...] = ("accuracy",)  # the figures that are printed as evidence
+
+    def verdict(self, table: Table) -> str:
+        """reproduced: with every seed; not reproduced: with none; mixed; not testable: no run."""
+        seeds = set.intersection(*(set(table.get(name, {})) for name in self.cases))
+        found = [self.holds({n: table[n][s] for n in self.cases}) for s in sorted(seeds)]
+        if not found:
+            return "not testable"
+        if all(found):
+            return "reproduced"
+        return f"mixed ({sum(found)} of {len(found)} seeds)" if any(found) else "not reproduced"
+
+    def evidence(self, table: Table) -> str:
+        """Means over the seeds of what it is about."""
+        parts = []
+        for name in self.cases:
+            rows = list(table.get(name, {}).values())
+            means = [f"{key} {fmean(r[key] for r in rows):.3f}" for key in self.shows if rows]
+            parts.append(f"{name}: {', '.join(means) or 'no run'}")
+        return "; ".join(parts)
+
+
+def _mass_falls(k: int) -> Callable[[Mapping[str, Figures]], bool]:
+    def holds(f: Mapping[str, Figures]) -> bool:
+        biased, fixed = f[f"unnorm, k={k}"], f[f"sg, k={k}"]
+        return biased["mass"] < biased["mass_first"] - 0.15 and biased["mass"] < fixed["mass"]
+
+    return holds
+
+
+def _gain(figures: Figures) -> float:
+    return figures["accuracy"] - figures["before"]
+
+
+FINDINGS: tuple[Finding, ...] = (
+    *(
+        Finding(
+            f"The plain top-{k} gradient drives the student's mass out of the support "
+            "(it falls by more than 0.15, and below that of the stopped gradient)",
+            (f"unnorm, k={k}", f"sg, k={k}"),
+            _mass_falls(k),
+            ("mass_first", "mass"),
+        )
+        for k in (1, 2)
+    ),
+    Finding(
+        "Its exact KL to the teacher ends above that of the stopped gradient (k = 2)",
+        ("unnorm, k=2", "sg, k=2"),
+        lambda f: f["unnorm, k=2"]["kl"] > f["sg, k=2"]["kl"],
+        ("kl", "accuracy"),
+    ),
+    Finding(
+        "Its accuracy ends below (k = 2)",
+        ("unnorm, k=2", "sg, k=2"),
+        lambda f: f["unnorm, k=2"]["accuracy"] < f["sg, k=2"]["accuracy"],
+    ),
+    Finding(
+        "The fixes (stopped gradient, tail) come within 0.05 of the full divergence (k = 5)",
+        ("sg, k=5", "tail, k=5", "full"),
+        lambda f: (
+            min(f["sg, k=5"]["accuracy"], f["tail, k=5"]["accuracy"]) > f["full"]["accuracy"] - 0.05
+        ),
+    ),
+    Finding(
+        "A teacher of the student's size that RL adapted beats a larger one",
+        ("same-size RL teacher", CENTRE_NAME),
+        lambda f: f["same-size RL teacher"]["accuracy"] > f[CENTRE_NAME]["accuracy"],
+    ),
+    Finding(
+        "Showing the answer to the teacher hurts (larger teacher)",
+        ("larger teacher that sees the answer", CENTRE_NAME),
+        lambda f: f["larger teacher that sees the answer"]["accuracy"] < f[CENTRE_NAME]["accuracy"],
+    ),
+    Finding(
+        "Self-distillation with the answer as privileged information gains nothing (at most 0.02)",
+        ("self, sees the answer", "self, sees nothing"),
+        lambda f: _gain(f["self, sees the answer"]) <= 0.02,
+        ("before", "accuracy"),
+    ),
+    Finding(
+        "A student that supervised fine-tuning stabilised ends above a raw one",
+        (CENTRE_NAME, "raw student"),
+        lambda f: f[CENTRE_NAME]["accuracy"] > f["raw student"]["accuracy"],
+        ("before", "accuracy"),
+    ),
+    Finding(
+        "The full divergence ends above the sampled-token policy gradient",
+        ("full", "sampled, pg"),
+        lambda f: f["full"]["accuracy"] > f["sampled, pg"]["accuracy"],
+    ),
+    Finding(
+        "A baseline helps the sampled-token policy gradient (vOPD)",
+        ("vopd", "sampled, pg"),
+        lambda f: f["vopd"]["accuracy"] > f["sampled, pg"]["accuracy"],
+    ),
+)
+
+PREFIX_FINDING = (
+    "The teacher's accuracy falls as it continues longer prefixes of the student "
+    "(shortest against longest, every seed)"
+)
+
+
+def prefix_verdict(by_seed: Mapping[int, Sequence[float]]) -> str:
+    """Question 2: by_seed holds accuracies from no prefix to the longest."""
+    found = [values[-1] < values[0] for values in by_seed.values()]
+    if not found:
+        return "not testable"
+    if all(found):
+        return "reproduced"
+    return f"mixed ({sum(found)} of {len(found)} seeds)" if any(found) else "not reproduced"
