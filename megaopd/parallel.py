@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from megaopd import platform
 from megaopd.errors import UserError
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ParallelConfig:
     """How a model is laid out over ranks; data parallel is what remains of the world size."""
+
+    section: ClassVar[str] = "parallel"  # of the configuration, for messages
 
     tensor: int = 1  # tensor parallel size: attention heads, MLP and vocabulary are split
     pipeline: int = 1  # pipeline parallel size: layers are split
@@ -36,29 +38,38 @@ class ParallelConfig:
     timeout_minutes: int = 30  # a collective that waits longer than this ends the run
 
     def __post_init__(self) -> None:
+        at = self.section
         sizes = ("tensor", "pipeline", "virtual", "context", "expert")
         for name in (*sizes, "pad_multiple", "timeout_minutes"):
             if getattr(self, name) < 1:
                 raise UserError(
-                    f"parallel.{name} = {getattr(self, name)}", expected="an integer of at least 1"
+                    f"{at}.{name} = {getattr(self, name)}", expected="an integer of at least 1"
                 )
         if self.sequence and self.tensor == 1:
             raise UserError(
-                "parallel.sequence = true with parallel.tensor = 1",
+                f"{at}.sequence = true with {at}.tensor = 1",
                 expected="sequence parallel splits over tensor ranks, of which there is one",
-                fix="set parallel.tensor=2 or more, or parallel.sequence=false",
+                fix=f"set {at}.tensor=2 or more, or {at}.sequence=false",
             )
         if self.virtual > 1 and self.pipeline == 1:
             raise UserError(
-                f"parallel.virtual = {self.virtual} with parallel.pipeline = 1",
+                f"{at}.virtual = {self.virtual} with {at}.pipeline = 1",
                 expected="an interleaved schedule needs several pipeline stages",
-                fix="set parallel.pipeline=2 or more, or parallel.virtual=1",
+                fix=f"set {at}.pipeline=2 or more, or {at}.virtual=1",
             )
 
     @property
     def model_parallel(self) -> int:
         """Ranks that work on one sequence: one copy of the model, times context parallel."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the length of a row is a multiple of, so that every rank gets as much of it."""
+        halves = 2 * self.context if self.context > 1 else 1
+        part = self.tensor if self.sequence else 1  # that a rank's layers compute on
+        padded = self.context * part * self.pad_multiple
+        return math.lcm(halves, self.context * self.tensor, padded)
 
     @property
     def least_ranks(self) -> int:
@@ -105,10 +116,7 @@ class Grid:
     @property
     def sequence_multiple(self) -> int:
         """What the length of a row is a multiple of, so that every rank gets as much of it."""
-        halves = 2 * self.cp_size if self.cp_size > 1 else 1
-        part = self.tp_size if self.config.sequence else 1  # that a rank's layers compute on
-        padded = self.cp_size * part * self.config.pad_multiple
-        return math.lcm(halves, self.cp_size * self.tp_size, padded)
+        return self.config.sequence_multiple
 
     @property
     def segment_multiple(self) -> int:

@@ -359,7 +359,8 @@ class Parts:
 
     def asked_to_stop(self, step: int) -> bool:
         """Whether the run is to end now, after `step` steps; then they are saved."""
-        self.stopped = stop.agreed()
+        told = self.teacher is not None and self.teacher.asked_to_stop()
+        self.stopped = stop.agreed(told=told)
         if self.stopped:
             if step > self.saved_step:
                 self._save(step)
@@ -399,7 +400,8 @@ class Parts:
         self.sampler.close()
         if self.remote is not None:
             self.remote.close()
-        if self.teacher is not None and kind is None:  # else the launcher ends the other ranks
+        # Else the launcher ends the other ranks, or they stop when all of the student's can.
+        if self.teacher is not None and kind is None and not self.stopped:
             self.teacher.close()
         if self.logger is not None:
             self.logger.close()

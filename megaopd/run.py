@@ -49,6 +49,8 @@ def train(config: Config) -> dict[str, Any]:
         if not parts.stopped:
             return parts.finish()
     parts.grid.barrier()  # an agent ends the other ranks when the first one has gone
+    if parts.teacher is not None:
+        parts.teacher.close(stopped=True)
     raise RunStopped
 
 

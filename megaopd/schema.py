@@ -5,7 +5,7 @@ Importable without torch, so that a bad configuration is refused before anything
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -230,15 +230,25 @@ class Config:
                 "`megaopd sample` by the teacher",
             )
 
+    def _check_teacher_model(self) -> None:
+        """Refuse keys of the checkpoint at teacher.path where there is none to read them."""
+        if self.teacher.path or not (
+            self.teacher.follows or self.teachers or self.remote_teacher.addresses
+        ):
+            return
+        keys = (field for field in fields(ModelConfig) if field.name != "path")
+        for name, default in ((key.name, key.default) for key in keys):
+            value = getattr(self.teacher, name)
+            if value != default:
+                raise UserError(
+                    f"teacher.{name} = {value} without teacher.path",
+                    expected="settings of the checkpoint at teacher.path; a copy of the student "
+                    "has its own, each of several teachers too, and servers have theirs",
+                    fix=f"set student.{name} or teachers.NAME.{name}, or remove teacher.{name}",
+                )
+
     def _check_teacher_fp8(self) -> None:
-        """FP8 that a teacher would ignore, or cannot have."""
-        if self.teacher.fp8 != "none" and not self.teacher.path:
-            raise UserError(
-                f"teacher.fp8 = {self.teacher.fp8} without teacher.path",
-                expected="FP8 of the checkpoint at teacher.path; a copy of the student has its "
-                "precision, and each of several teachers its own",
-                fix="set student.fp8 or teachers.NAME.fp8, or remove teacher.fp8",
-            )
+        """FP8 that a teacher cannot have."""
         for one in (self.teacher, *self.teachers.values()):
             put_away = self.teacher.offload or self.server.placement == "colocated"
             if one.fp8_params and put_away:
@@ -290,6 +300,7 @@ class Config:
                 expected="adapters, under which the initial weights stay",
                 fix="set lora.rank, or teacher.kind=frozen with the student's checkpoint",
             )
+        self._check_teacher_model()
         self._check_teacher_fp8()
         kinds = {
             "teacher.path": self.teacher.path,

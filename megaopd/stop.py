@@ -31,11 +31,16 @@ def _ask(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)
 
 
-def agreed() -> bool:
-    """Whether any rank of the job was asked to stop; a collective."""
+def asked() -> bool:
+    """Whether this rank was asked to stop."""
+    return _asked
+
+
+def agreed(*, told: bool = False) -> bool:
+    """Whether any rank was asked to stop, or told so by one of another world; a collective."""
     import torch
     import torch.distributed as dist
 
-    asked = torch.tensor([int(_asked)], device=platform.device())
+    asked = torch.tensor([int(_asked or told)], device=platform.device())
     dist.all_reduce(asked, op=dist.ReduceOp.MAX)
     return bool(asked.item())

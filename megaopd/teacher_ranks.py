@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megaopd.errors import RunStopped
 from megaopd.inputs import frozen_teachers, student_tokenizer
 from megaopd.schema import Config
 from megaopd.trainer.teachers.ranks import serve
@@ -24,17 +25,23 @@ def teacher_ranks(config: Config) -> Bridge | None:
 def serve_teachers(config: Config, bridge: Bridge, *, training: bool = True) -> None:
     """What one of the teacher's ranks does: score until the student's ranks are done.
 
-    training: whether the student's ranks have a watchdog; then this one has, too.
+    Args:
+        training: whether the student's ranks have a watchdog; then this one has, too.
+
+    Raises:
+        RunStopped: the run was asked to end, and the student's ranks have saved it.
     """
     frozen = frozen_teachers(config, student_tokenizer(config))
     world = bridge.students + bridge.teachers
-    serve(
+    service = serve(
         frozen,
         config.teacher_parallel,
         bridge,
         offload=config.teacher.offload,
         watch=make_watchdog(config, bridge.rank, world) if training else None,
     )
+    if service.stopped:
+        raise RunStopped
 
 
 def make_watchdog(config: Config, rank: int, world: int) -> Watchdog:

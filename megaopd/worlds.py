@@ -23,6 +23,7 @@ from megaopd.parallel import Grid, ParallelConfig, make_grid
 # A request waits for as long as the student samples, evaluates or saves; a dead student ends the
 # job by the launcher's hand.
 CONTROL_TIMEOUT = timedelta(days=7)
+STOP_KEY = "megaopd/stop"
 MANY = 256  # requests and credits that may be on their way from one rank
 REQUEST, CREDIT, HIDDEN = 1, 2, 3  # tags; NCCL has none and needs none, by the order of calls
 
@@ -107,6 +108,14 @@ class Bridge:
     @property
     def is_teacher(self) -> bool:
         return self.rank >= self.students
+
+    def ask_to_stop(self) -> None:
+        """Hand the wish to stop, which reached this world, to the other one."""
+        self.store.set(STOP_KEY, "1")
+
+    def asked_to_stop(self) -> bool:
+        """Whether the other world was asked to stop."""
+        return self.store is not None and self.store.check([STOP_KEY])
 
     def count(self, kind: str, size: int) -> None:
         self.sent[kind] = self.sent.get(kind, 0) + size

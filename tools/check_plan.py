@@ -31,6 +31,13 @@ SEEN = (
     Case("seen tp2 sp", P(tensor=2, sequence=True), world=2),
     Case("seen pp2", P(pipeline=2), world=2),
     Case("seen dp2", P(), world=2),
+    Case("seen experts", P(), family="Qwen3Moe", experts=8, layers=2, vocab=2048),
+    Case("seen experts bf16", P(), family="Qwen3Moe", experts=4, layers=3, vocab=2048,
+         dtype="bfloat16", sequence=512, response=384),
+    Case("seen experts tp2 ep2", P(tensor=2, expert=2, sequence=True), world=2, family="Qwen3Moe",
+         experts=8, layers=2, vocab=2048),
+    Case("seen experts full", P(expert=2), world=2, family="Qwen3Moe", experts=8, layers=4,
+         vocab=2048, recompute="full", sequence=512, response=384),
 )  # fmt: skip
 
 # Not looked at before the tables were finished.
@@ -57,16 +64,17 @@ HELD_OUT = (
     Case("tp2 x pp2", P(tensor=2, pipeline=2), world=4, layers=8, sequence=384, response=256),
     Case("tp2 sp x pp2 full", P(tensor=2, pipeline=2, sequence=True), world=4, layers=8,
          recompute="full", sequence=768, response=512, vocab=4096, micro_batch=2, samples=8),
-    Case("experts", P(), family="Qwen3Moe", experts=8, layers=3),
-    Case("experts, full", P(), family="Qwen3Moe", experts=8, layers=6, recompute="full",
-         sequence=768, response=512),
-    Case("ep2", P(expert=2), world=2, family="Qwen3Moe", experts=8, layers=3),
-    Case("tp2 sp, experts whole", P(tensor=2, sequence=True), world=2, family="Qwen3Moe",
-         experts=8, layers=3),
-    Case("tp2 sp x ep2", P(tensor=2, sequence=True, expert=2), world=2, family="Qwen3Moe",
-         experts=8, layers=3),
-    Case("tp2 sp x ep4", P(tensor=2, sequence=True, expert=4), world=4, family="Qwen3Moe",
-         experts=8, layers=3, samples=8),
+    Case("experts, bf16", P(), family="Qwen3Moe", experts=16, top_k=4, expert_ffn=128, layers=3,
+         dtype="bfloat16", sequence=320, response=256, micro_batch=2, vocab=4096),
+    Case("experts ep2, full", P(expert=2), world=2, family="Qwen3Moe", experts=8, layers=6,
+         vocab=4096, recompute="full", sequence=640, response=384),
+    Case("experts tp2 sp x ep2", P(tensor=2, expert=2, sequence=True), world=4, family="Qwen3Moe",
+         experts=8, layers=4, vocab=6144, sequence=512, response=384, samples=8),
+    Case("experts tp2 sp x ep2, full", P(tensor=2, expert=2, sequence=True), world=4,
+         family="Qwen3Moe", experts=4, expert_ffn=384, layers=6, vocab=4096, recompute="full",
+         sequence=768, response=512, micro_batch=2, samples=8, dtype="bfloat16"),
+    Case("experts tp2 sp x ep2 x pp2", P(tensor=2, expert=2, pipeline=2, sequence=True), world=4,
+         family="Qwen3Moe", experts=8, layers=4, vocab=4096, sequence=384, response=256),
 )  # fmt: skip
 
 

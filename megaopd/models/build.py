@@ -255,8 +255,13 @@ def hidden_state_gpt() -> type:
             super().__init__(*args, **kwargs)
             self.embedding_scale = embedding_scale
 
-        def _preprocess(self, *args: Any, **kwargs: Any) -> Any:
+        def _preprocess(self, *args: Any, padding_mask: Any = None, **kwargs: Any) -> Any:
             hidden, *rest = super()._preprocess(*args, **kwargs)
+            # megatron-core cuts the mask over tensor ranks on the first stage alone.
+            if padding_mask is not None and self.config.moe_aux_loss_coeff:
+                group = self.pg_collection.tp
+                parts = group.size() if self.config.sequence_parallel else 1
+                rest[4] = padding_mask.chunk(parts, 1)[group.rank() if parts > 1 else 0]
             if self.embedding_scale is not None and self.pre_process:
                 # In the dtype of the weights, as transformers rounds it.
                 hidden = hidden * torch.tensor(self.embedding_scale).to(hidden.dtype)

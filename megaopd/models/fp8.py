@@ -86,11 +86,12 @@ def _check_padding(model: ModelConfig, parallel: ParallelConfig) -> None:
     """For a weight's gradient tensor cores sum over 16 tokens (mxfp8: 32); blockwise has tiles of
     128 and under sequence parallel gathers whole ones. The emulation takes any number."""
     multiple = {"mxfp8": 32, "blockwise": 128}.get(model.fp8, 16)
+    key = f"{parallel.section}.pad_multiple"
     if parallel.pad_multiple % multiple:
         raise UserError(
-            f"fp8 = {model.fp8} with parallel.pad_multiple = {parallel.pad_multiple}",
+            f"fp8 = {model.fp8} with {key} = {parallel.pad_multiple}",
             expected=f"a multiple of {multiple}: tokens that Transformer Engine's kernels take",
-            fix=f"set parallel.pad_multiple={multiple}",
+            fix=f"set {key}={multiple}",
         )
 
 

@@ -144,14 +144,45 @@ def router() -> type:
     """megatron-core's router, whose auxiliary loss waits for no division by the number of tokens.
 
     config.aux_loss_share is 1 / (micro-batches of the step, over all data-parallel ranks): the
-    trainer divides by nothing, so the mean over them is taken here.
+    trainer divides by nothing, so the mean over them is taken here. Padding does not count, and a
+    micro-batch of nothing else has no loss, where megatron-core divides by zero.
     """
+    from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.moe.router import TopKRouter
 
     class Router(TopKRouter):
         def __init__(self, config: Any, pg_collection: Any = None) -> None:
             super().__init__(config=config, pg_collection=pg_collection)
             self.calculate_per_token_loss = False
+
+        def _apply_aux_loss(
+            self, probs: Any, scores: Any, routing_map: Any, with_padding_mask: bool = False
+        ) -> Any:
+            coefficient = self.get_aux_loss_coeff("aux_loss")
+            if coefficient == 0:
+                return probs
+            counted: Any = moe_utils.get_tokens_per_expert_and_token_count(
+                routing_map, self.tp_cp_group, self.topk, with_padding_mask
+            )
+            counts, _, total = counted
+            if with_padding_mask:
+                total = total.clamp_min(1)
+            loss = moe_utils.switch_load_balancing_loss_func(
+                probs=scores,
+                tokens_per_expert=counts,
+                total_num_tokens=total,
+                topk=self.topk,
+                num_experts=scores.shape[1],
+                moe_aux_loss_coeff=coefficient,
+            )
+            return self.attach_and_log_load_balancing_loss(
+                probs, coefficient, loss, "load_balancing_loss", self.tp_cp_group
+            )
+
+        def _apply_expert_bias(self, routing_map: Any, padding_mask: Any = None) -> None:
+            # [tokens] against [tokens, experts]
+            mask = None if padding_mask is None else padding_mask.unsqueeze(-1)
+            super()._apply_expert_bias(routing_map, mask)
 
         def attach_and_log_load_balancing_loss(
             self, activation: Any, aux_loss_coeff: float, aux_loss: Any, *args: Any, **kwargs: Any

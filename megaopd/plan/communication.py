@@ -58,7 +58,7 @@ def step_traffic(job: Job) -> list[Traffic]:
             *_handover(job, passes),
         ]
     if job.rollout in ("colocated", "separate"):
-        sent = job.student.shape.parameters() * job.student.itemsize
+        sent = job.student.model.parameters() * job.student.itemsize
         found.append(Traffic("weight sync (rank 0)", 2, sent, 1, job.world // 2))
     return [one for one in found if one.sent > 0]
 
@@ -79,7 +79,7 @@ def _tensor(who: str, job: Job, side: Side, forwards: int, backwards: int) -> It
     """
     if side.tensor == 1:
         return
-    sizes, layers = Sizes.of(job, side), side.shape.layers // side.layout.pipeline
+    sizes, layers = Sizes.of(job, side), side.arch.layers // side.layout.pipeline
     units = layers * (4 * forwards + (6 if side.layout.sequence else 4) * backwards)
     calls = units if side.layout.sequence else units / 2
     yield Traffic(f"{who} tensor", side.tensor, units * _ring(side.tensor) * sizes.full, calls)
@@ -103,24 +103,23 @@ def _pipeline(who: str, job: Job, side: Side, passes: int) -> Iterator[Traffic]:
 
 def _experts(who: str, job: Job, side: Side, passes: int) -> Iterator[Traffic]:
     """Dispatch and combine; passes: forward and backward ones together."""
-    layers = max(
-        sum(side.shape.is_sparse(i) for i in side.stage_layers(s))
-        for s in range(side.layout.pipeline)
-    )
-    if not layers:
+    layers = max(side.sparse_layers(stage) for stage in range(side.layout.pipeline))
+    if not layers or side.layout.expert == 1:
         return
     sizes = Sizes.of(job, side)
-    rows = sizes.ts * side.shape.experts_per_token * side.shape.hidden * sizes.e
-    if side.layout.expert > 1:
-        sent = 2 * passes * layers * _ring(side.layout.expert) * rows
-        yield Traffic(f"{who} experts", side.layout.expert, sent, 2 * passes * layers)
+    experts = side.arch.experts
+    assert experts is not None
+    rows = sizes.ts * experts.top_k * side.arch.hidden * sizes.e
+    # Neighbours of the stage, tensor ranks among them: each sends rows of its own.
+    sent = 2 * passes * layers * _ring(side.layout.expert) * rows
+    yield Traffic(f"{who} experts", side.layout.expert, sent, 2 * passes * layers)
 
 
 def _context(who: str, job: Job, side: Side, passes: int) -> Iterator[Traffic]:
     """Keys and values once around the ring, a layer and pass; their gradients in backward."""
     ranks = side.layout.context
     if ranks > 1:
-        sizes, layers = Sizes.of(job, side), side.shape.layers // side.layout.pipeline
+        sizes, layers = Sizes.of(job, side), side.arch.layers // side.layout.pipeline
         sent = passes * layers * (ranks - 1) * 2 * sizes.wide(sizes.key)
         yield Traffic(f"{who} context", ranks, sent, passes * layers * (ranks - 1), side.tensor)
 
@@ -136,7 +135,7 @@ def _data(job: Job) -> Iterator[Traffic]:
     for name, ranks, numbers, stride in (
         ("gradients and weights", dense, heaviest.dense, side.tensor),
         ("experts' gradients and weights", experts, heaviest.experts, side.layout.expert),
-    ):
+    ):  # fmt: skip
         if ranks > 1:
             yield Traffic(name, ranks, _ring(ranks) * numbers * (4 + back), 2, stride)
 
@@ -151,9 +150,9 @@ def _loss(job: Job, passes: int) -> Iterator[Traffic]:
     chunks = -(-rows // chunk_rows(job)) * passes
     sent = 2 * _ring(side.tensor) * rows * SCALAR_BYTES * passes
     yield Traffic("loss scalars", side.tensor, sent, 2 * chunks)
-    sent = 2 * _ring(side.tensor) * rows * side.shape.hidden * side.itemsize * passes
+    sent = 2 * _ring(side.tensor) * rows * side.arch.hidden * side.itemsize * passes
     if side.layout.sequence and job.teacher:
-        teacher = job.teacher.shape.hidden * job.teacher.itemsize
+        teacher = job.teacher.arch.hidden * job.teacher.itemsize
         sent += _ring(side.tensor) * rows * teacher * passes
     yield Traffic("loss hidden states", side.tensor, sent, 2 * chunks)
 
@@ -163,5 +162,5 @@ def _handover(job: Job, passes: int) -> Iterator[Traffic]:
     assert job.teacher is not None
     if job.teacher.layout != job.student.layout:
         rows = job.local_rows(job.student) * job.student.ranks_of_sequence * passes
-        sent = rows * job.teacher.shape.hidden * job.teacher.itemsize
+        sent = rows * job.teacher.arch.hidden * job.teacher.itemsize
         yield Traffic("teacher hidden states", 2, sent, passes, job.world // 2)

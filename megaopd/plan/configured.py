@@ -8,7 +8,7 @@ from megaopd.errors import UserError
 from megaopd.objectives.validate import needs
 from megaopd.parallel import ParallelConfig
 from megaopd.plan.job import Job, Side
-from megaopd.plan.models import find_shape
+from megaopd.plan.models import find_model
 from megaopd.schema import Config
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -55,7 +55,7 @@ def sequence_of(config: Config) -> tuple[int, int]:
 
 def _side(model: Any, layout: ParallelConfig) -> Side:
     return Side(
-        find_shape(model.path),
+        find_model(model.path),
         layout,
         itemsize=ITEMSIZE[model.dtype],
         recompute=model.recompute,
@@ -66,6 +66,14 @@ def _side(model: Any, layout: ParallelConfig) -> Side:
 def _teacher(config: Config, layout: str) -> Side | None:
     if not config.teacher.path:
         return None
+    if config.teacher.placement == "separate":
+        raise UserError(
+            "teacher.placement = separate",
+            expected="a teacher on the student's ranks or on servers: a plan is of one kind of "
+            "rank",
+            fix="plan with teacher.placement=same teacher_parallel.ranks=0 and the teacher's own "
+            "layout in --teacher-layout, for the memory of each model in turn",
+        )
     if layout:
         return _side(config.teacher, parse_layout(layout))
     if config.teacher.placement == "regrouped":
@@ -83,7 +91,6 @@ def left_out(config: Config) -> list[str]:
         f"student.fp8 = {config.student.fp8}": config.student.fp8 != "none",
         f"teacher.fp8 = {teacher.fp8}": teacher.fp8 != "none",
         f"teacher.kind = {teacher.kind}": teacher.follows,
-        f"teacher.placement = {teacher.placement}": teacher.placement == "separate",
         f"teacher.offload = {teacher.offload}": teacher.offload,
         "[teachers]": config.teachers,
         "trainer.micro_batch_tokens": config.trainer.micro_batch_tokens,

@@ -45,7 +45,7 @@ def head_bytes(job: Job) -> Head:
     side, e = job.student, job.student.itemsize
     width = min(job.vocab, job.vocab_rows) / side.tensor
     rows, chunk = job.local_rows(side), chunk_rows(job)
-    hidden = rows * side.shape.hidden * e
+    hidden = rows * side.arch.hidden * e
     models = [side, *([job.teacher] if job.teacher else [])]
     # Kernels on a GPU scale the products as they read them; elsewhere, and where terms see
     # different laws, logits are fp32.
@@ -54,15 +54,15 @@ def head_bytes(job: Job) -> Head:
     # A product that is narrower than its buffer is a tensor of its own, before and after; so is
     # the weight gradient of a chunk, before it is added to its fp32 sum.
     narrow = elements * e if logit != e else 0.0
-    weight = job.vocab_rows / side.tensor * side.shape.hidden * e if e != 4 else 0.0
-    gathered = chunk * e * side.shape.hidden if side.layout.sequence else 0.0
+    weight = job.vocab_rows / side.tensor * side.arch.hidden * e if e != 4 else 0.0
+    gathered = chunk * e * side.arch.hidden if side.layout.sequence else 0.0
     teacher_chunk = 0.0
     if job.teacher and side.layout.sequence:
-        teacher_chunk = chunk * job.teacher.shape.hidden * job.teacher.itemsize
+        teacher_chunk = chunk * job.teacher.arch.hidden * job.teacher.itemsize
     return Head(
         chunk=chunk,
         logits=elements * logit * len(models) * job.laws,
-        working=narrow + weight + 2 * chunk * side.shape.hidden * e + gathered + teacher_chunk,
+        working=narrow + weight + 2 * chunk * side.arch.hidden * e + gathered + teacher_chunk,
         selected=0.0 if side.layout.sequence else hidden,
         gradient=hidden,
     )
@@ -73,5 +73,5 @@ def waiting_hidden(job: Job) -> float:
     if job.teacher is None:
         return 0.0
     teacher: Side = job.teacher
-    per_row = teacher.shape.hidden * teacher.itemsize
+    per_row = teacher.arch.hidden * teacher.itemsize
     return job.micro_batches * job.local_rows(job.student) * per_row

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megaopd.errors import UserError
+from megaopd.models.arch import Architecture, check_layout
 from megaopd.parallel import ParallelConfig
-from megaopd.plan.models import ModelShape
+from megaopd.plan.models import Model
 
 # Whose modules a layer is made of: Transformer Engine's on a GPU, megatron-core's local ones with
 # the project's norm and attention on a CPU.
@@ -20,11 +21,15 @@ Spec = Literal["te", "local"]
 class Side:
     """One model of the run and its layout."""
 
-    shape: ModelShape
+    model: Model
     layout: ParallelConfig
     itemsize: int = 2  # bytes of a weight and of an activation
     recompute: Literal["none", "full", "selective"] = "none"
     vocab_multiple: int = 8
+
+    @property
+    def arch(self) -> Architecture:
+        return self.model.arch
 
     @property
     def tensor(self) -> int:
@@ -40,16 +45,17 @@ class Side:
         return world // self.layout.model_parallel
 
     def expert_data(self, world: int) -> int:
-        """Ranks that hold the same experts, which are whole and split over all ranks of a stage."""
+        """Ranks that hold the same experts: these are split over all ranks of a pipeline stage,
+        each of them on one, whatever tensor and context parallel are (parallel.make_grid)."""
         return max(1, world // (self.layout.pipeline * self.layout.expert))
 
     def stage_layers(self, stage: int) -> range:
         """Layers of a pipeline stage, as if its virtual chunks were one."""
-        count = self.shape.layers // self.layout.pipeline
+        count = self.arch.layers // self.layout.pipeline
         return range(stage * count, (stage + 1) * count)
 
-    def has_sparse(self, stage: int) -> bool:
-        return any(self.shape.is_sparse(layer) for layer in self.stage_layers(stage))
+    def sparse_layers(self, stage: int) -> int:
+        return sum(self.arch.is_sparse(layer) for layer in self.stage_layers(stage))
 
 
 @dataclass(frozen=True)
@@ -79,14 +85,15 @@ class Job:
 
     @property
     def padded_sequence(self) -> int:
-        """The sequence rounded up to what tensor and context parallelism divide it by."""
-        step = self.student.tensor * (2 * self.student.layout.context)
-        step = step if self.student.layout.context > 1 else self.student.tensor
+        """The sequence rounded up as a run pads it."""
+        step = self.student.layout.sequence_multiple
         return -(-self.sequence // step) * step
 
     def tokens(self, side: Side) -> int:
         """Tokens of a micro-batch on one context-parallel rank."""
-        return self.micro_batch * self.padded_sequence // side.layout.context
+        step = side.layout.sequence_multiple
+        padded = -(-self.padded_sequence // step) * step
+        return self.micro_batch * padded // side.layout.context
 
     def local_rows(self, side: Side) -> int:
         """Rows of a micro-batch's hidden states that a rank of the last stage keeps for the loss.
@@ -102,14 +109,12 @@ class Job:
         """Padded vocabulary over all tensor ranks: one for both models."""
         sides = [self.student, *([self.teacher] if self.teacher else [])]
         step = self.student.vocab_multiple * self.student.tensor
-        return max(-(-side.shape.vocab // step) * step for side in sides)
+        return max(-(-side.arch.vocab // step) * step for side in sides)
 
     @property
     def vocab(self) -> int:
         """Ids that are real in both models."""
-        return min(
-            [self.student.shape.vocab, *([self.teacher.shape.vocab] if self.teacher else [])]
-        )
+        return min([self.student.arch.vocab, *([self.teacher.arch.vocab] if self.teacher else [])])
 
     def with_layout(self, layout: ParallelConfig) -> "Job":
         """The same step with both models under another layout."""
@@ -117,34 +122,27 @@ class Job:
         return replace(self, student=replace(self.student, layout=layout), teacher=teacher)
 
 
-def misfit(side: Side, world: int, sequence: int) -> str:
+def misfit(side: Side, world: int) -> str:
     """Why the model cannot be laid out like this; empty where it can."""
-    shape, layout = side.shape, side.layout
+    layout = side.layout
     splits = [
-        ("ranks", world, "tensor x pipeline x context", layout.model_parallel),
-        ("attention heads", shape.heads, "tensor", layout.tensor),
-        ("key/value heads", shape.kv_heads, "tensor", layout.tensor),
-        ("MLP columns", shape.ffn, "tensor", layout.tensor),
-        ("layers", shape.layers, "pipeline x virtual", layout.pipeline * layout.virtual),
+        (world, layout.model_parallel, "tensor x pipeline x context"),
+        (world, layout.pipeline * layout.expert, "pipeline x expert"),
     ]
-    # Also of a dense model beside a sparse one, whose ranks are grouped alike.
-    splits.append(("ranks of a stage", world // layout.pipeline or 1, "expert", layout.expert))
-    if shape.experts:
-        splits.append(("experts", shape.experts, "expert", layout.expert))
-        if layout.tensor > 1 and not layout.sequence:
-            return "experts with tensor parallel need sequence parallel: each rank routes its own"
-    if layout.context > 1 and sequence % (2 * layout.context):
-        return f"{sequence} tokens do not divide by 2 x context {layout.context}"
-    for what, number, name, size in splits:
+    for number, size, name in splits:
         if number % size:
-            return f"{shape.name}: {number} {what} do not divide by {name} = {size}"
+            return f"{side.model.name}: {number} ranks do not divide by {name} = {size}"
+    try:
+        check_layout(side.arch, layout, who=side.model.name)
+    except UserError as err:
+        return err.got
     return ""
 
 
 def check_job(job: Job) -> None:
     """Refuse a layout that cannot be built."""
     for side in (job.student, job.teacher):
-        reason = misfit(side, job.world, job.padded_sequence) if side else ""
+        reason = misfit(side, job.world) if side else ""
         if reason:
             raise UserError(
                 reason,

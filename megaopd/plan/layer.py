@@ -54,22 +54,22 @@ class Sizes:
 
     @classmethod
     def of(cls, job: Job, side: Side) -> "Sizes":
-        shape, tensor = side.shape, side.tensor
+        arch, tensor = side.arch, side.tensor
         t = job.tokens(side)
         return cls(
             t=t,
             ts=t // side.ranks_of_sequence,
             e=side.itemsize,
-            hidden=shape.hidden,
-            query=shape.query // tensor,
-            key=shape.key // tensor,
-            ffn=shape.ffn // tensor,
-            heads=shape.heads // tensor,
-            kv_heads=shape.kv_heads // tensor,
+            hidden=arch.hidden,
+            query=side.model.query // tensor,
+            key=side.model.key // tensor,
+            ffn=arch.ffn // tensor,
+            heads=arch.heads // tensor,
+            kv_heads=arch.kv_heads // tensor,
             batch=job.micro_batch,
-            rope=job.padded_sequence // side.layout.context * shape.head_dim * side.itemsize,
+            rope=job.padded_sequence // side.layout.context * arch.head_dim * side.itemsize,
             sequence_parallel=side.layout.sequence,
-            qk_norm=shape.qk_norm,
+            qk_norm=arch.qk_norm,
             context=side.layout.context,
         )
 
@@ -102,7 +102,7 @@ def layer_modules(job: Job, side: Side, *, sparse: bool = False) -> list[Module]
     """The modules of one layer in forward order, under job.spec."""
     sizes = Sizes.of(job, side)
     attention = _attention(sizes, job.spec)
-    mlp = _experts(sizes, side) if sparse else _mlp(sizes, job.spec)
+    mlp = _experts(sizes, side, job.spec) if sparse else _mlp(sizes, job.spec)
     return [*attention, *mlp]
 
 
@@ -211,26 +211,36 @@ def _mlp(sizes: Sizes, spec: Spec) -> list[Module]:
     ]
 
 
-def _experts(sizes: Sizes, side: Side) -> list[Module]:
-    """Router, all-to-all, grouped products; only read off the code, for both specs."""
-    shape, stream = side.shape, sizes.stream
-    copies = sizes.ts * shape.experts_per_token * IMBALANCE  # rows of this rank's experts
-    columns = shape.expert_ffn
-    rows, one = copies * sizes.hidden * sizes.e, copies * columns * sizes.e
-    weight = sizes.e * sizes.hidden * columns * shape.experts / side.layout.expert
-    router = 3 * 4 * sizes.ts * shape.experts  # logits, probabilities and the map, fp32
-    shared = sizes.wide(shape.shared_ffn / side.tensor)
+def _experts(sizes: Sizes, side: Side, spec: Spec) -> list[Module]:
+    """Router, all-to-all, and the experts' products. No tensor rank splits an expert: each routes
+    its ts tokens, and gets as many rows on average for the experts that it holds."""
+    experts, stream, spread = side.arch.experts, sizes.stream, sizes.ts
+    assert experts is not None
+    sent = spread * experts.top_k * sizes.hidden * sizes.e
+    rows = sent * IMBALANCE
+    one = spread * experts.top_k * IMBALANCE * experts.ffn * sizes.e
+    # Logits, probabilities as they were and turned, two maps; indices, fp32 weights and counts.
+    router = spread * (10 * experts.count + 24 * experts.top_k)
+    shared = sizes.wide(experts.shared_ffn / side.tensor)
+    held = experts.count / side.layout.expert
+    weight = 2.0 * sizes.e * sizes.hidden * experts.ffn
+    kept = {"expert.in": rows, "expert.fc1": 2 * one, "expert.product": one, "shared": 3 * shared}
+    if spec == "te":
+        weight *= 1.5 * held  # the grouped product gives all of them at once
+        backward = stream + 2 * rows + 3 * one + weight
+    else:
+        # silu(gate), up + 0.0 and the product before it is weighted are tensors of their own; one
+        # expert after the other.
+        kept |= {"expert.silu": one, "expert.up": one, "expert.plain": one}
+        backward = stream + 2 * rows + sent + (2 * rows + 5 * one) / held + weight
     dispatched = Module(
-        "dispatch", {"mlp_norm.out": stream, "router": router}, forward=2 * rows, backward=2 * rows
+        "dispatch",
+        {"mlp_norm.out": stream, "router": router},
+        forward=sent + rows,
+        backward=stream + sent + rows,
     )
-    grouped = Module(
-        "experts",
-        {"expert.in": rows, "expert.fc1": 2 * one, "expert.product": one, "shared": 3 * shared},
-        forward=rows,
-        backward=stream + 2 * rows + 3 * one + 2 * weight,
-        flow=stream,
-    )
-    return [_norm("mlp_norm", "middle", sizes, "te"), dispatched, grouped]
+    grouped = Module("experts", kept, forward=2 * rows, backward=backward, flow=stream)
+    return [_norm("mlp_norm", "middle", sizes, spec), dispatched, grouped]
 
 
 def saved_bytes(modules: Sequence[Module]) -> float:
@@ -260,7 +270,7 @@ def inference_peak(job: Job, side: Side, *, sparse: bool = False) -> float:
     sizes = Sizes.of(job, side)
     one, stream = sizes.wide(sizes.ffn), sizes.stream
     if sparse:
-        _, dispatch, grouped = _experts(sizes, side)
+        _, dispatch, grouped = _experts(sizes, side, job.spec)
         mlp = dispatch.saved["router"] + saved_bytes([grouped]) + grouped.forward
     else:
         mlp = one * (5 if job.spec == "local" else 3)

@@ -84,28 +84,20 @@ class StageMemory:
 
 
 def stage_weights(side: Side, stage: int, *, vocab_rows: int) -> Weights:
-    """The weights of a stage on one tensor rank."""
-    shape, tensor = side.shape, side.tensor
+    """The weights of a stage on one tensor rank; of the experts, those that it holds whole."""
+    arch, tensor = side.arch, side.tensor
     dense = experts = 0
     for layer in side.stage_layers(stage):
-        whole = shape.hidden * 2 + 2 * shape.head_dim * shape.qk_norm
-        columns = shape.query + 2 * shape.key
-        split = shape.hidden * (columns + shape.query) + columns * shape.qkv_bias
-        if shape.is_sparse(layer):
-            whole += shape.hidden * shape.experts
-            split += 3 * shape.hidden * shape.shared_ffn
-            expert = 3 * shape.hidden * shape.expert_ffn  # whole on every tensor rank
-            experts += expert * (shape.experts // side.layout.expert)
-        else:
-            split += 3 * shape.hidden * shape.ffn
-        dense += whole + split // tensor
+        numbers = side.model.layer(layer)
+        dense += numbers.whole + numbers.split // tensor
+        experts += numbers.expert * (numbers.experts // side.layout.expert)
     ends = side.layout.pipeline - 1
-    table = vocab_rows // tensor * shape.hidden
+    table = vocab_rows // tensor * arch.hidden
     if stage == 0:
         dense += table
     if stage == ends:
         # A tied output layer of a stage of its own is a copy.
-        dense += shape.hidden + (0 if shape.tied and ends == 0 else table)
+        dense += arch.hidden + (0 if arch.tied and ends == 0 else table)
     return Weights(dense, experts)
 
 
@@ -159,7 +151,7 @@ def stage_memory(job: Job, stage: int, *, reserve: float = 0.0) -> StageMemory:
 def _passes(job: Job, stage: int, flight: float) -> tuple[float, float, float]:
     """(saved bytes of one micro-batch, peak of the forward pass, of the backward pass)."""
     side, sizes = job.student, Sizes.of(job, job.student)
-    kinds = [side.shape.is_sparse(layer) for layer in side.stage_layers(stage)]
+    kinds = [side.arch.is_sparse(layer) for layer in side.stage_layers(stage)]
     by_kind = {kind: layer_modules(job, side, sparse=kind) for kind in set(kinds)}
     full = side.recompute == "full"
     # A recomputed layer keeps its input and four states of random number generators.
@@ -173,7 +165,7 @@ def _passes(job: Job, stage: int, flight: float) -> tuple[float, float, float]:
         kept = {kind: size - lse + state for kind, size in kept.items()}
     saved = sum(kept[kind] for kind in kinds)
     first, last = stage == 0, stage == side.layout.pipeline - 1
-    table = job.vocab_rows / side.tensor * side.shape.hidden * side.itemsize
+    table = job.vocab_rows / side.tensor * side.arch.hidden * side.itemsize
     saved += 8 * sizes.t if first else 0.0
     saved += 0 if last else sizes.stream  # what went to the next stage waits for its gradient
     closing = _final_norm(sizes, job) if last else 0.0
@@ -190,13 +182,25 @@ def _passes(job: Job, stage: int, flight: float) -> tuple[float, float, float]:
         rebuilt = max(bottom, forward_peak(top)) + 2 * sizes.stream
         backward = max(backward, others + saved + rebuilt - sizes.stream)
         forward = max(forward, others + saved + max(map(forward_peak, by_kind.values())))
+        # What routers hold on to is let go layer by layer on the way forward, and is back at the
+        # end of the way backward, where the layers' inputs are among it.
+        held = _held_by_routers(job, stage)
+        forward, backward = forward - held, max(backward - held, others + rebuilt)
     else:
         backward = max(backward, others + saved - kept[kinds[-1]] + backward_peak(top))
     if first:
         # The embedding's gradient is dense; tied, the output layer's comes on top.
-        twice = 2 if side.shape.tied and last else 1
+        twice = 2 if side.arch.tied and last else 1
         backward = max(backward, others + 2 * sizes.stream + twice * table)
     return saved, forward, backward
+
+
+def _held_by_routers(job: Job, stage: int) -> float:
+    """Recomputed layers of experts, between two passes: megatron-core's dispatcher keeps the
+    weights of its last tokens, whose graph ends in the layer's input and that one's gradient."""
+    if job.student.recompute != "full":
+        return 0.0
+    return 2.0 * Sizes.of(job, job.student).stream * job.student.sparse_layers(stage)
 
 
 def _final_norm(sizes: Sizes, job: Job) -> float:
@@ -219,7 +223,7 @@ def _teacher(job: Job, stage: int) -> tuple[float, float]:
     peak = max(
         inference_peak(job, side, sparse=sparse)
         for s in stages
-        for sparse in {side.shape.is_sparse(layer) for layer in side.stage_layers(s)}
+        for sparse in {side.arch.is_sparse(layer) for layer in side.stage_layers(s)}
     )
     sent = 0 if stage == job.student.layout.pipeline - 1 else Sizes.of(job, side).stream
     return weights * side.itemsize, peak + sent
@@ -228,10 +232,11 @@ def _teacher(job: Job, stage: int) -> tuple[float, float]:
 def _buffers(job: Job, stage: int) -> float:
     """The gather buffer of sequence parallel, each model's table of angles, and received states.
 
-    A later stage holds on to the last input that it received, the student's with its gradient.
+    A later stage holds on to the last input that it received, the student's with its gradient;
+    recomputed layers of experts to theirs.
     """
     sides = [job.student, *([job.teacher] if job.teacher else [])]
-    angles = sum(4 * job.padded_sequence * side.shape.head_dim for side in sides)
+    angles = sum(4 * job.padded_sequence * side.arch.head_dim for side in sides)
     gathers: dict[int, float] = {}  # one buffer a type of numbers, of the largest request
     for side in sides:
         sizes = Sizes.of(job, side)
@@ -239,7 +244,7 @@ def _buffers(job: Job, stage: int) -> float:
     received = 0
     if stage > 0:
         received = sum(Sizes.of(job, side).stream for side in [job.student, *sides])
-    return angles + received + sum(gathers.values())
+    return angles + received + sum(gathers.values()) + _held_by_routers(job, stage)
 
 
 def _rollout(job: Job) -> float:
@@ -252,6 +257,6 @@ def _rollout(job: Job) -> float:
     if job.rollout != "embedded":
         return 0.0
     side = job.student
-    cache = 2 * side.shape.layers * side.shape.key * side.itemsize
+    cache = 2 * side.arch.layers * side.model.key * side.itemsize
     tokens = job.rollout_batch * math.ceil(job.sequence)
-    return side.shape.parameters() * side.itemsize + cache * tokens
+    return side.model.parameters() * side.itemsize + cache * tokens

@@ -49,11 +49,11 @@ def as_dict(found: Found, gpu: Gpu, result: Search | None) -> dict[str, Any]:
 
 
 def _side(side: Side) -> dict[str, Any]:
-    shape = side.shape
+    model = side.model
     return {
-        "name": shape.name,
-        "parameters": shape.parameters(),
-        "active_parameters": shape.parameters(active=True),
+        "name": model.name,
+        "parameters": model.parameters(),
+        "active_parameters": model.parameters(active=True),
         "layout": dataclasses.asdict(side.layout),
         "itemsize": side.itemsize,
         "recompute": side.recompute,
@@ -98,11 +98,11 @@ def _print_head(console: Any, found: Found, gpu: Gpu) -> None:
     job = found.job
     for who, side in (("student", job.student), ("teacher", job.teacher)):
         if side:
-            shape = side.shape
-            size = f"{shape.parameters() / 1e9:.2f}B parameters"
-            if shape.experts:
-                size += f" ({shape.parameters(active=True) / 1e9:.1f}B a token)"
-            console.print(f"{who}: {shape.name}, {size}, {layout_text(side)}", highlight=False)
+            model = side.model
+            size = f"{model.parameters() / 1e9:.2f}B parameters"
+            if model.experts:
+                size += f" ({model.parameters(active=True) / 1e9:.1f}B a token)"
+            console.print(f"{who}: {model.name}, {size}, {layout_text(side)}", highlight=False)
     data = job.student.data(job.world)
     console.print(
         f"{job.world} x {gpu.name}, data parallel {data}; {job.samples} sequences of "

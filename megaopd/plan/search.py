@@ -83,9 +83,7 @@ def search(job: Job, gpu: Gpu) -> Search:
     for layout in _layouts(job, gpu):
         sides = [job.student, *([job.teacher] if job.teacher else [])]
         tried = job.with_layout(layout)
-        reasons = (
-            misfit(replace(side, layout=layout), job.world, tried.padded_sequence) for side in sides
-        )
+        reasons = (misfit(replace(side, layout=layout), job.world) for side in sides)
         reason = next(filter(None, reasons), "")
         if reason:
             result.reasons[reason] += 1
@@ -101,8 +99,8 @@ def search(job: Job, gpu: Gpu) -> Search:
 
 
 def _layouts(job: Job, gpu: Gpu) -> Iterator[ParallelConfig]:
-    layers = job.student.shape.layers
-    experts = max([side.shape.experts for side in (job.student, job.teacher) if side], default=0)
+    layers = job.student.arch.layers
+    experts = max([side.model.experts for side in (job.student, job.teacher) if side], default=0)
     for tensor in _powers(min(gpu.per_node, job.world)):
         for pipeline in sorted({*_powers(job.world), *_divisors(layers, job.world // tensor)}):
             for context in _powers(MOST_CONTEXT):
@@ -119,6 +117,7 @@ def _layouts(job: Job, gpu: Gpu) -> Iterator[ParallelConfig]:
                             context=context,
                             expert=expert,
                             sequence=tensor > 1,
+                            pad_multiple=job.student.layout.pad_multiple,
                         )
 
 

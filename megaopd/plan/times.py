@@ -29,10 +29,11 @@ class Seconds:
 
 def forward_flops(side: Side, tokens: float, sequence: int) -> float:
     """Of all layers for this many tokens, in sequences of one length, causal."""
-    shape = side.shape
-    tables = shape.vocab * shape.hidden * (1 if shape.tied else 2)
-    products = 2 * (shape.parameters(active=True) - tables)
-    attention = 2 * shape.layers * shape.query * sequence  # half of 4: what a token looks back at
+    arch = side.arch
+    tables = arch.vocab * arch.hidden * (1 if arch.tied else 2)
+    products = 2 * (side.model.parameters(active=True) - tables)
+    # Half of 4: what a token looks back at.
+    attention = 2 * arch.layers * side.model.query * sequence
     return tokens * (products + attention)
 
 
@@ -46,7 +47,7 @@ def estimate(job: Job, gpu: Gpu, traffic: list[Traffic]) -> Seconds:
     passes = 3 + (side.recompute == "full") + job.old_log_probs
     student = passes * forward_flops(side, tokens, job.padded_sequence) / rate
     rows = filled * (job.padded_sequence if side.layout.sequence else job.rows)
-    widths = 3 * side.shape.hidden + (job.teacher.shape.hidden if job.teacher else 0)
+    widths = 3 * side.arch.hidden + (job.teacher.arch.hidden if job.teacher else 0)
     # The output layers work on the ranks of the last stage alone.
     loss = 2 * rows * widths * job.vocab * side.layout.pipeline / rate
     teacher = 0.0

@@ -43,6 +43,7 @@ class MicroBatch:
     mask_T: Any  # [T] bool
     rollout_log_probs_T: Any  # [T] float32, 0 where the rollout gave none
     has_rollout_log_probs: bool
+    padding: Any = None  # [B, S] bool: places that hold no token of a sample; None: all do
     packed_seq_params: Any = None  # megatron's cu_seqlens of a packed row; None: padded rows
     # Which token of which sample: sample * L + position of the `table` samples; n * L is padding.
     slot_T: Any = None  # [T] int64
@@ -299,6 +300,7 @@ def _cut(
     return MicroBatch(
         tokens=take(batch.tokens, source, pad_id).to(device),
         position_ids=position_ids.contiguous().to(device),
+        padding=(take(batch.sources, source, -1) < 0).to(device),
         rows=kept,
         labels_T=take(batch.labels, flat, pad_id).to(device),
         weights_T=take(weights[""], flat, 0.0).to(device),

@@ -1,7 +1,7 @@
 """How the student is updated and what is saved of it."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 from urllib.parse import urlsplit
 
 from megaopd.errors import UserError
@@ -216,6 +216,8 @@ class RoutedTeacherConfig(ModelConfig):
 @dataclass(frozen=True)
 class TeacherParallelConfig(ParallelConfig):
     """The layout of a teacher that is not laid out as the student is."""
+
+    section: ClassVar[str] = "teacher_parallel"  # for messages
 
     ranks: int = 0  # how many of the job's last ranks are the teacher's (placement = separate)
 

@@ -102,7 +102,13 @@ def forward_micro_batch(stage: Any, micro: MicroBatch) -> Any:
         The stage's hidden states, [S(/CP)(/TP), B, H].
     """
     watchdog.beat()
-    return stage(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params)
+    return stage(
+        micro.tokens,
+        micro.position_ids,
+        None,
+        packed_seq_params=micro.packed_seq_params,
+        padding_mask=micro.padding,
+    )
 
 
 def objective_pass(

@@ -281,12 +281,23 @@ def _gradients(model: Any, arch: Any, grid: Any, reference: Any, ids: Any) -> tu
 
 
 def backward(
-    ddp: Any, model: Any, arch: Any, grid: Any, ids: Any, labels: Any, *, weight: float = 1.0
+    ddp: Any,
+    model: Any,
+    arch: Any,
+    grid: Any,
+    ids: Any,
+    labels: Any,
+    *,
+    weight: float = 1.0,
+    padding: Any = None,
 ) -> None:
-    """Gradients of weight x the mean negative log-prob of `labels`, one sequence a micro-batch."""
+    """Gradients of weight x the mean negative log-prob of `labels`, one sequence a micro-batch.
+
+    padding: [N, S] bool, the places of `ids` that hold no token.
+    """
     from megaopd.losses import fused_linear_cross_entropy
     from megaopd.trainer.batch import MicroBatch
-    from megaopd.trainer.step import run_schedule
+    from megaopd.trainer.step import forward_micro_batch, run_schedule
 
     share = len(ids) // grid.dp_size
     empty = torch.zeros(0)
@@ -300,6 +311,7 @@ def backward(
             empty,
             empty,
             False,
+            padding=None if padding is None else padding[i : i + 1],
         )
         for i in range(grid.dp_rank * share, (grid.dp_rank + 1) * share)
     ]
@@ -321,7 +333,7 @@ def backward(
             )
             return made.loss, torch.zeros((), dtype=torch.int), {}
 
-        return stage(micro.tokens, micro.position_ids, None), loss
+        return forward_micro_batch(stage, micro), loss
 
     ddp.zero_grad_buffer()
     run_schedule(ddp, grid, micro_batches, forward_step, forward_only=False)

@@ -52,8 +52,11 @@ def test_all_families(ranks, checkpoints, layout):
     check(ranks, checkpoints, layout, names)
 
 
-def aux_gradients(path, layout):
-    """name -> gradient of the load-balancing loss alone: the other loss has no weight."""
+def aux_gradients(path, layout, pad=0, empty=0):
+    """name -> gradient of the load-balancing loss alone: the other loss has no weight.
+
+    Behind every sequence come `pad` places of padding, and `empty` micro-batches hold nothing else.
+    """
     from dataclasses import replace
 
     from megaopd.models.arch import architecture, read_hf_config
@@ -73,7 +76,10 @@ def aux_gradients(path, layout):
     load_hf_weights(model, path, arch, grid)
     (ddp,) = wrap_ddp([model], OptimConfig(lr=1e-9, distributed=False), grid)
     ids = tokens(4)
-    backward(ddp, model, arch, grid, ids, ids, weight=0.0)
+    padding = torch.ones(len(ids) + empty, ids.shape[1] + pad, dtype=torch.bool)
+    padding[: len(ids), : ids.shape[1]] = False
+    ids = torch.nn.functional.pad(ids, (0, pad, 0, empty), value=3)
+    backward(ddp, model, arch, grid, ids, ids, weight=0.0, padding=padding)
     stream = WeightStream(model, arch, grid)
     stream.own = [replace(entry, parameter=entry.parameter.main_grad) for entry in stream.own]
     return {name: grad.clone() for name, grad in stream}
@@ -104,6 +110,18 @@ def test_the_load_balancing_loss_is_a_mean_over_micro_batches(ranks, checkpoints
         for got in ranks.run(aux_gradients, layout.world, path, layout):
             for name, grad in wanted.items():
                 worst = float((got[name] - grad).abs().max() / grad.abs().max())
+                assert worst < 1e-4, (str(layout), name, worst)
+
+
+def test_padding_does_not_count_in_the_load_balancing_loss(ranks, checkpoints):
+    """Behind a sequence, in micro-batches of nothing else, on every stage and tensor rank."""
+    path = checkpoints["qwen3_moe"]
+    wanted = balancing_gradients(path)
+    for layout in (Layout(), Layout(2, expert=2), Layout(expert=2, data=2), Layout(2, 2)):
+        for got in ranks.run(aux_gradients, layout.world, path, layout, 8, 2):
+            for name, grad in wanted.items():
+                mean = grad * 4 / 6  # over the micro-batches, two of which have no loss
+                worst = float((got[name] - mean).abs().max() / mean.abs().max())
                 assert worst < 1e-4, (str(layout), name, worst)
 
 

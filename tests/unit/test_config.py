@@ -111,6 +111,11 @@ def test_the_fewest_ranks_of_a_layout(layout, ranks):
     [
         ["teacher.kind=ema", "teacher.fp8=current"],
         ["teachers.a.path=t", "teacher.fp8=current"],
+        ["teacher.kind=ema", "teacher.dtype=bfloat16"],
+        ["teachers.a.path=t", "teacher.vocab_multiple=16"],
+        ["teacher.kind=live", "teacher.recompute=full"],
+        ["teachers.a.path=t", "teacher.moe_aux_loss_coef=0.1"],
+        ["remote_teacher.addresses=['http://h:1']", "teacher.dtype=bfloat16"],
         [
             "teacher.path=t",
             "teacher.fp8=current",

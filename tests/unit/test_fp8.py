@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from megaopd.errors import UserError
+from megaopd.models import fp8
 from megaopd.models.config import ModelConfig
 from megaopd.models.fp8_emulation import (
     FORMATS,
@@ -19,6 +20,8 @@ from megaopd.models.fp8_emulation import (
     round_trip,
     scale_of,
 )
+from megaopd.parallel import ParallelConfig
+from megaopd.trainer.config import TeacherParallelConfig
 
 E4M3, E5M2 = FORMATS["e4m3"], FORMATS["e5m2"]
 TOKENS, INPUTS, OUTPUTS = 72, 192, 160  # 192 and 160 are not multiples of 128
@@ -339,3 +342,13 @@ def test_runs_that_are_refused(changes, said):
 def test_a_model_without_its_fp8():
     config = ModelConfig(path="x", fp8="delayed", fp8_history=4, dtype="bfloat16")
     assert config.without_fp8() == ModelConfig(path="x", dtype="bfloat16")
+
+
+def test_the_padding_that_is_missing_is_named_by_its_section():
+    model = ModelConfig(fp8="current")
+    with pytest.raises(UserError, match=r"with parallel\.pad_multiple = 1\n"):
+        fp8._check_padding(model, ParallelConfig())
+    with pytest.raises(UserError, match=r"set teacher_parallel\.pad_multiple=16"):
+        fp8._check_padding(model, TeacherParallelConfig(ranks=2, pad_multiple=8))
+    with pytest.raises(UserError, match=r"teacher_parallel\.tensor = 0"):
+        TeacherParallelConfig(tensor=0)

@@ -19,7 +19,7 @@ from megaopd.plan.hardware import GPUS
 from megaopd.plan.job import Job, Side, misfit
 from megaopd.plan.layer import backward_peak, layer_modules, saved_bytes
 from megaopd.plan.memory import in_flight, stage_memory, stage_weights
-from megaopd.plan.models import ModelShape, find_shape, known_models, read_shape
+from megaopd.plan.models import as_model, find_model, known_models
 from megaopd.plan.search import best, search
 from megaopd.recipes import recipe
 from megaopd.schema import load_config
@@ -40,11 +40,23 @@ PUBLISHED = {
     "llama-3.1-70b": (70.6, 70.6),
     "smollm2-135m": (0.1345, 0.1345),
 }
-DENSE = ModelShape("dense", 1000, 256, 640, 4, 8, 4, 32, tied=False)
+TINY = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 1000, "hidden_size": 256,
+    "intermediate_size": 640, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 32, "rms_norm_eps": 1e-6, "max_position_embeddings": 512,
+}  # fmt: skip
+DENSE = as_model(TINY, name="dense")
+SPARSE = as_model(
+    {
+        **TINY, "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True,
+    },
+    name="sparse",
+)  # fmt: skip
 
 
 def job(**changes):
-    side = Side(changes.pop("shape", DENSE), changes.pop("layout", ParallelConfig()))
+    side = Side(changes.pop("model", DENSE), changes.pop("layout", ParallelConfig()))
     side = dataclasses.replace(
         side, **{k: changes.pop(k) for k in ("recompute", "itemsize") if k in changes}
     )
@@ -54,32 +66,55 @@ def job(**changes):
 
 @pytest.mark.parametrize("name", known_models())
 def test_known_models_have_the_published_sizes(name):
-    shape = find_shape(name)
+    shape = find_model(name)
     every, active = PUBLISHED[name]
     assert shape.parameters() / 1e9 == pytest.approx(every, rel=0.01)
     assert shape.parameters(active=True) / 1e9 == pytest.approx(active, rel=0.01)
 
 
 def test_a_model_is_found_by_path_or_by_name(tmp_path):
-    config = {"vocab_size": 10, "hidden_size": 8, "intermediate_size": 16}
-    config |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+    config = {k: v for k, v in TINY.items() if k != "head_dim"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert find_shape(str(tmp_path)).head_dim == 4
-    assert find_shape("checkpoints/qwen3-8b-megatron").name == "qwen3-8b"
-    assert find_shape("Qwen3-8B").name == "qwen3-8b"
+    assert find_model(str(tmp_path)).arch.head_dim == 32
+    assert find_model("checkpoints/qwen3-8b-megatron").name == "qwen3-8b"
+    assert find_model("Qwen3-8B").name == "qwen3-8b"
     with pytest.raises(UserError, match=r"no known model.*\n.*llama-3\.1-8b"):
-        find_shape("checkpoints/no-such-model")
+        find_model("checkpoints/no-such-model")
     del config["vocab_size"]
     with pytest.raises(UserError, match="lacks vocab_size"):
-        read_shape(config, name="x")
+        as_model(config, name="x")
+    latent = TINY | {"architectures": ["DeepseekV3ForCausalLM"], "n_routed_experts": 4}
+    latent |= {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    with pytest.raises(UserError, match="multi-latent attention"):
+        as_model(latent | {"moe_intermediate_size": 8, "num_experts_per_tok": 2}, name="x")
 
 
-def test_sparse_layers_follow_the_config():
-    config = {"vocab_size": 10, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 6}
-    config |= {"num_attention_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
-    shape = read_shape(config | {"decoder_sparse_step": 2, "mlp_only_layers": [3]}, name="x")
-    assert [shape.is_sparse(i) for i in range(6)] == [False, True, False, False, False, True]
-    assert shape.sparse_layers == 2
+def test_every_parameter_of_a_family_is_counted():
+    """Against the model that transformers builds, biases and norms included."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    kinds = {
+        "LlamaForCausalLM": {"attention_bias": True, "mlp_bias": True},
+        "Qwen2ForCausalLM": {},
+        "Qwen3ForCausalLM": {"tie_word_embeddings": True},
+        "Gemma2ForCausalLM": {"hidden_activation": "gelu_pytorch_tanh"},
+        "Gemma3ForCausalLM": {"hidden_activation": "gelu_pytorch_tanh"},
+        "Qwen3MoeForCausalLM": {
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96,
+            "decoder_sparse_step": 2, "norm_topk_prob": True,
+        },
+        "MixtralForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    }  # fmt: skip
+    for kind, more in kinds.items():
+        made = getattr(transformers, kind)
+        plain = {k: v for k, v in TINY.items() if k != "architectures"} | more
+        config = made.config_class(**plain)
+        with torch.device("meta"):
+            real = made(config).num_parameters()
+        written = config.to_dict() | {"architectures": [kind]}
+        model = as_model(written, name=kind)
+        assert model.parameters() == real, kind
+        whole = stage_weights(Side(model, ParallelConfig()), 0, vocab_rows=model.arch.vocab)
+        assert whole.all == real, kind
 
 
 def test_chunk_constants_are_the_losses_own():
@@ -91,17 +126,17 @@ def test_chunk_constants_are_the_losses_own():
 
 @pytest.mark.parametrize("name", ["qwen3-8b", "smollm2-135m", "qwen3-235b-a22b"])
 def test_a_single_rank_holds_every_parameter(name):
-    shape = find_shape(name)
-    weights = stage_weights(Side(shape, ParallelConfig()), 0, vocab_rows=shape.vocab)
-    assert weights.all == shape.parameters()
+    model = find_model(name)
+    weights = stage_weights(Side(model, ParallelConfig()), 0, vocab_rows=model.arch.vocab)
+    assert weights.all == model.parameters()
 
 
 def test_stages_and_expert_ranks_share_the_parameters():
-    shape = find_shape("qwen3-235b-a22b")
-    side = Side(shape, ParallelConfig(pipeline=2, expert=8))
-    stages = [stage_weights(side, stage, vocab_rows=shape.vocab) for stage in (0, 1)]
-    assert sum(s.dense + 8 * s.experts for s in stages) == shape.parameters()
-    tied = dataclasses.replace(DENSE, tied=True)
+    model = find_model("qwen3-235b-a22b")
+    side = Side(model, ParallelConfig(pipeline=2, expert=8))
+    stages = [stage_weights(side, stage, vocab_rows=model.arch.vocab) for stage in (0, 1)]
+    assert sum(s.dense + 8 * s.experts for s in stages) == model.parameters()
+    tied = as_model(TINY | {"tie_word_embeddings": True}, name="tied")
     halves = [stage_weights(Side(tied, ParallelConfig(pipeline=2)), s, vocab_rows=1000).all
               for s in (0, 1)]  # fmt: skip
     assert sum(halves) == tied.parameters() + 1000 * 256  # the last stage has a copy
@@ -160,7 +195,7 @@ def test_tensor_parallel_traffic_is_the_textbook_volume():
     one = job(layout=layout, teacher=None)
     sent = {t.name: t.sent for t in step_traffic(one)}
     layer = 4 * 2 * 3 / 4 * one.tokens(one.student) * 256 * 2  # four all-reduces
-    assert sent["student tensor"] == one.micro_batches * DENSE.layers * layer
+    assert sent["student tensor"] == one.micro_batches * DENSE.arch.layers * layer
     numbers = stage_weights(one.student, 0, vocab_rows=one.vocab_rows).all
     assert sent["gradients and weights"] == 1 / 2 * numbers * (4 + 2)
     rows = one.micro_batches * one.rows
@@ -168,15 +203,57 @@ def test_tensor_parallel_traffic_is_the_textbook_volume():
 
 
 def test_misfits_say_what_does_not_divide():
-    side = Side(find_shape("qwen3-235b-a22b"), ParallelConfig(pipeline=4))
-    assert "94 layers do not divide by pipeline x virtual = 4" in misfit(side, 64, 1024)
-    side = Side(find_shape("llama-3.1-8b"), ParallelConfig(tensor=16))
-    assert "8 key/value heads do not divide by tensor = 16" in misfit(side, 16, 1024)
+    side = Side(find_model("qwen3-235b-a22b"), ParallelConfig(pipeline=4))
+    assert "94 layers with pipeline parallel 4" in misfit(side, 64)
+    side = Side(find_model("llama-3.1-8b"), ParallelConfig(tensor=16))
+    assert "8 key/value heads with tensor parallel 16" in misfit(side, 16)
+    wide = ParallelConfig(tensor=2, expert=8, sequence=True)
+    assert not misfit(Side(SPARSE, wide), 8)  # an expert size that counts the tensor ranks
+    assert "4 ranks do not divide by pipeline x expert = 8" in misfit(Side(SPARSE, wide), 4)
+    assert "sequence = false" in misfit(Side(SPARSE, ParallelConfig(tensor=2)), 8)
+
+
+def test_no_tensor_rank_splits_an_expert():
+    """A run's: expert tensor parallel 1, experts over all ranks of a stage (parallel.make_grid)."""
+
+    def split(**layout):
+        return Side(SPARSE, ParallelConfig(**layout))
+
+    numbers = SPARSE.layer(0)
+    one, two = split(), split(tensor=2, sequence=True)
+    for side, held in ((one, 8), (two, 8), (split(tensor=2, expert=4, sequence=True), 2)):
+        weights = stage_weights(side, 0, vocab_rows=1000)
+        assert weights.experts == 4 * held * numbers.expert
+    assert [side.expert_data(8) for side in (one, two, split(tensor=2, expert=4, sequence=True))
+            ] == [8, 8, 2]  # fmt: skip
+    busy = job(model=SPARSE, layout=ParallelConfig(tensor=2, expert=2, sequence=True))
+    half, rows = busy.tokens(busy.student) // 2, 2 * 256 * 2
+    saved = {m.name: m.saved for m in layer_modules(busy, busy.student, sparse=True)}
+    assert saved["experts"]["expert.in"] == pytest.approx(1.2 * half * rows)
+    assert saved["experts"]["expert.product"] == pytest.approx(1.2 * half * 2 * 96 * 2)
+    sent = {t.name: t for t in step_traffic(busy)}
+    passes = busy.micro_batches * 2 * 4 * 2  # dispatch and combine; layers; forward and backward
+    assert sent["student experts"].sent == passes * 1 / 2 * half * rows
+    assert sent["experts' gradients and weights"].ranks == 4
+    assert not any("experts' tensor" in name for name in sent)
+
+
+def test_padding_of_every_rank_is_counted():
+    plain = job(sequence=200, layout=ParallelConfig(tensor=2, sequence=True))
+    padded = job(sequence=200, layout=ParallelConfig(tensor=2, sequence=True, pad_multiple=128))
+    assert (plain.padded_sequence, padded.padded_sequence) == (200, 256)
+
+
+def test_a_teacher_on_ranks_of_its_own_is_refused():
+    own = ["teacher.placement=separate", "teacher_parallel.ranks=4", "teacher_parallel.tensor=4"]
+    config = load_config(recipe("h100/llama_70b_to_8b_8gpu"), own)
+    with pytest.raises(UserError, match=r"placement = separate\n.*one kind of rank"):
+        job_of(config, 8)
 
 
 def test_search_finds_what_fits_and_says_why_the_rest_does_not():
-    shapes = find_shape("qwen3-8b"), find_shape("qwen3-32b")
-    sides = [Side(shape, ParallelConfig()) for shape in shapes]
+    models = find_model("qwen3-8b"), find_model("qwen3-32b")
+    sides = [Side(model, ParallelConfig()) for model in models]
     one = Job(*sides, world=8, samples=64, sequence=2048, rows=1024)
     found = search(one, GPUS["h100"])
     assert found.fits and found.too_large and found.reasons
@@ -185,7 +262,7 @@ def test_search_finds_what_fits_and_says_why_the_rest_does_not():
     for fit in found.fits:
         layout = fit.job.student.layout
         assert fit.fullest.total <= GPUS["h100"].memory
-        assert 8 % layout.model_parallel == 0 and not misfit(fit.job.student, 8, 2048)
+        assert 8 % layout.model_parallel == 0 and not misfit(fit.job.student, 8)
     # 65 GB of teacher beside 16 GB of student cannot be on every GPU.
     assert not any(f.job.student.layout.model_parallel == 1 for f in found.fits)
     with pytest.raises(UserError, match="no layout fits: the nearest has"):

@@ -40,17 +40,20 @@ class Case:
     dtype: str = "float32"
     recompute: str = "none"
     distributed: bool = True
-    experts: int = 0  # of every layer, two for each token; 0: dense
+    experts: int = 0  # Qwen3Moe: of every layer; both models have them
+    top_k: int = 2
+    expert_ffn: int = 256
 
     def config(self, *, hidden: int | None = None) -> dict[str, Any]:
         """A Hugging Face config.json."""
         hidden = hidden or self.hidden
         sparse = {
             "num_experts": self.experts,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": self.ffn * hidden // self.hidden // 16 * 8,
-            "decoder_sparse_step": 1,
+            "num_experts_per_tok": self.top_k,
+            "moe_intermediate_size": self.expert_ffn,
             "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
         }
         return {
             **(sparse if self.experts else {}),
@@ -74,11 +77,11 @@ class Case:
 def planned(case: Case) -> Any:
     """The case as the planner sees it."""
     from megaopd.plan.job import Job, Side
-    from megaopd.plan.models import read_shape
+    from megaopd.plan.models import as_model
 
     def side(hidden: int) -> Side:
         return Side(
-            read_shape(case.config(hidden=hidden), name=case.name),
+            as_model(case.config(hidden=hidden), name=case.name),
             case.layout,
             itemsize=4 if case.dtype == "float32" else 2,
             recompute=case.recompute if hidden == case.hidden else "none",  # pyright: ignore

@@ -59,8 +59,12 @@ class BaseTeacher:
         """Of what happened on all ranks since the last call, as it is logged. A collective."""
         return {}
 
-    def close(self) -> None:
-        """The run is over."""
+    def asked_to_stop(self) -> bool:
+        """Whether ranks of its own were asked to end the run; for rank 0 to look at."""
+        return False
+
+    def close(self, *, stopped: bool = False) -> None:
+        """The run is over, or (stopped) ends early because it was asked to."""
 
 
 def load_output_layer(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from megaopd import platform, watchdog
+from megaopd import platform, stop, watchdog
 from megaopd.models.arch import Architecture
 from megaopd.models.config import ModelConfig
 from megaopd.parallel import Grid, ParallelConfig, broadcast_object, gather_objects, make_grid
@@ -42,6 +42,7 @@ class Request:
     wants: list[Wants | None]
     sequences: dict[int, tuple[int, ...]]  # those that the wants speak of
     window: int
+    stopped: bool = False  # the service ends because the run was asked to
 
 
 class SeparateTeacher(BaseTeacher):
@@ -100,10 +101,13 @@ class SeparateTeacher(BaseTeacher):
         received, self.received_bytes = self.received_bytes, 0
         return {"teacher/received_bytes": float(sum(gather_objects(received)))}
 
-    def close(self) -> None:
+    def asked_to_stop(self) -> bool:
+        return self.grid.rank == 0 and self.bridge.asked_to_stop()
+
+    def close(self, *, stopped: bool = False) -> None:
         """The teacher's ranks end their service (once, whichever of several teachers closes)."""
         if self.grid.rank == 0 and not self.bridge.closed:
-            self.bridge.tell_teachers(Request(None, [], {}, 0))
+            self.bridge.tell_teachers(Request(None, [], {}, 0, stopped=stopped))
         self.bridge.flush()
         self.bridge.closed = True
 
@@ -236,6 +240,7 @@ class Service:
         self.bridge, self.grid = bridge, grid
         self.models: dict[str, tuple[Any, Turn]] = {}
         self.most_under_way = 0  # tensors to one receiver, ever
+        self.stopped = False  # the run was asked to end
 
     def run(self, watch: AbstractContextManager[Any] | None = None) -> None:
         """Answer requests until one ends the service."""
@@ -244,7 +249,10 @@ class Service:
             while True:
                 request: Request = self.bridge.recv_object(0)
                 if request.teacher is None:
+                    self.stopped = request.stopped
                     return
+                if stop.asked():  # a signal may have reached this node alone
+                    self.bridge.ask_to_stop()
                 watchdog.beat()
                 if watch is not None:
                     watched.enter_context(watch)

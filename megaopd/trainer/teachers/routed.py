@@ -126,6 +126,9 @@ class RoutedTeachers(BaseTeacher):
                 total[name] = total.get(name, 0.0) + value
         return total
 
-    def close(self) -> None:
+    def asked_to_stop(self) -> bool:
+        return any(teacher.asked_to_stop() for teacher in self.teachers.values())
+
+    def close(self, *, stopped: bool = False) -> None:
         for teacher in self.teachers.values():
-            teacher.close()
+            teacher.close(stopped=stopped)
