@@ -11,11 +11,30 @@ from pathlib import Path
 from typing import Any
 
 from megaopd.data.types import Prompt, Sample
+from megaopd.errors import UserError
 from megaopd.inputs import control_set
 from megaopd.parts import Parts
 from megaopd.report.statistics import Figure, by_prompt, figure, pass_at_k, repetition
+from megaopd.schema import Config
+from megaopd.trainer.checkpoint import holds_teacher, load_teacher
 
 SOLVED = 1.0  # a reward of this and more counts as solved
+
+
+def check(config: Config) -> None:
+    """Refuse a teacher that would be the evaluated student again."""
+    kind = config.teacher.kind
+    if kind in ("frozen", "live"):  # live: it differs by what it sees
+        return
+    if kind != "initial" and holds_teacher(Path(config.student.path)):
+        return
+    raise UserError(
+        f"teacher.kind = {kind} in an evaluation of {config.student.path}",
+        expected="a teacher other than the student: a checkpoint of a run (checkpoints/step_...) "
+        "has a copy that followed it (ema, periodic, previous_epoch), but not the initial weights",
+        fix="set teacher.kind=frozen teacher.path=CHECKPOINT, or leave the teacher out: "
+        "teacher.kind=frozen objective.loss=sft",
+    )
 
 
 def evaluate(parts: Parts) -> dict[str, Figure | float]:
@@ -26,6 +45,8 @@ def evaluate(parts: Parts) -> dict[str, Figure | float]:
     """
     found: dict[str, Figure | float] = {}
     settings = parts.config.eval
+    if parts.teacher is not None and parts.teacher.sharded_state():
+        load_teacher(Path(parts.config.student.path), parts.teacher)
     parts.sync_weights(version=0)
     found |= _accuracy("accuracy", parts.greedy_answers(parts.held_out, -1))
     control = control_set(parts.config, parts.tokenizer)
@@ -85,9 +106,10 @@ def write(found: dict[str, Figure | float], parts: Parts) -> None:
 
     directory = Path(parts.config.run.dir)
     directory.mkdir(parents=True, exist_ok=True)
+    teacher_kind = parts.config.teacher.kind if parts.config.teacher.follows else ""
     record = {
         "student": parts.config.student.path,
-        "teacher": parts.config.teacher.path,
+        "teacher": parts.config.teacher.path or teacher_kind,
         "data": parts.config.eval.source or parts.config.data.source,
         "samples": parts.config.eval.samples,
         "figures": {

@@ -78,6 +78,7 @@ def _watchdog(config: Config, parts: Parts, bridge: Bridge | None) -> watchdog.W
 
 def evaluate(config: Config) -> None:
     """Evaluate config.student on held-out prompts (evaluation.py): a table, evaluation.json."""
+    evaluation.check(config)
     bridge = teacher_ranks(config)
     if bridge is not None and bridge.is_teacher:
         serve_teachers(config, bridge, training=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megaopd.errors import UserError
-from megaopd.models.sharded import load_sharded, read_manifest, save_sharded, verify
+from megaopd.models.sharded import MANIFEST, load_sharded, read_manifest, save_sharded, verify
 from megaopd.parallel import Grid
 from megaopd.trainer.student import Student
 from megaopd.trainer.teachers.base import BaseTeacher
@@ -66,6 +66,7 @@ class Checkpoints:
                 "family": student.arch.family,
                 "dtype": str(student.chunks[0].config.params_dtype).removeprefix("torch."),
                 **_adapter_info(student),
+                **({"teacher": True} if following else {}),
             },
             side_files=hf_dir,
         )
@@ -117,6 +118,17 @@ class Checkpoints:
             "context": grid.cp_size,
             "data": grid.dp_size,
         }
+
+
+def holds_teacher(directory: Path) -> bool:
+    """Whether this is a checkpoint of a run whose teacher was a copy that follows the student."""
+    return (directory / MANIFEST).is_file() and bool(read_manifest(directory).get("teacher"))
+
+
+def load_teacher(directory: Path, teacher: BaseTeacher) -> None:
+    """Put a teacher that follows the student where it was at a checkpoint; a collective."""
+    saved = load_sharded({"teacher": teacher.sharded_state()}, directory)
+    teacher.load_sharded_state(saved["teacher"])
 
 
 def _adapter_info(student: Student) -> dict[str, Any]:
