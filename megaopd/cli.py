@@ -278,9 +278,14 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from megaopd.report.diagnosis import diagnosis
     from megaopd.report.html import write_report
+    from megaopd.report.metrics import read_metrics
 
-    print(f"wrote {write_report(arguments.run_dir)}")
+    path = write_report(arguments.run_dir)
+    for line in diagnosis(read_metrics(arguments.run_dir)):
+        print(f"- {line}")
+    print(f"wrote {path}")
     return 0
 
 

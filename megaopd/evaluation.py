@@ -6,7 +6,7 @@ distance to the teacher where one is given; greedy accuracy on a control task th
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +85,7 @@ def _sampled(parts: Parts, prompts: list[Prompt]) -> dict[str, Any]:
     found |= {name: figure(by_prompt(values, n)) for name, values in columns.items()}
     parts.sampler.take_turn()
     scored = parts.score_samples(samples)
-    return found | scored | _pi_gap(parts, samples, scored)
-
-
-def _pi_gap(parts: Parts, samples: Sequence[Sample], scored: dict[str, float]) -> dict[str, float]:
-    """Mean of log q(y | x, PI) - log q(y | x) over sampled tokens, where the teacher sees more."""
-    if "log_ratio" not in scored or not any(sample.privileged for sample in samples):
-        return {}
-    bare = [replace(s, prompt=replace(s.prompt, teacher_prompt_ids=None)) for s in samples]
-    # Of log p - log q, where p is the same.
-    return {"pi_gap": parts.score_samples(bare)["log_ratio"] - scored["log_ratio"]}
+    return found | scored | parts.pi_gap(samples, scored)
 
 
 def write(found: dict[str, Figure | float], parts: Parts) -> None:

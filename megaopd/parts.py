@@ -28,12 +28,12 @@ from megaopd.inputs import (
 )
 from megaopd.mixing import Mixture
 from megaopd.models.arch import padded_vocab
-from megaopd.objectives.alarms import new_alarms
 from megaopd.objectives.weights import weigh
 from megaopd.parallel import Grid, make_grid
+from megaopd.report.alarms import ALARMS, Watch
 from megaopd.report.metrics import MetricLogger, read_metrics
 from megaopd.report.samples import save_samples
-from megaopd.rollout.episode import episode_metrics
+from megaopd.rollout.episode import episode_metrics, sample_metrics
 from megaopd.sampler import Sampler, make_sampler
 from megaopd.schema import Config
 from megaopd.trainer.batch import (
@@ -158,7 +158,7 @@ class Parts:
     times: dict[str, float] = field(default_factory=dict)
     score_metrics: dict[str, float] = field(default_factory=dict)  # of the remote teacher
     logger: MetricLogger | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)  # metrics so far, of the main rank
+    alarms: Watch = field(default_factory=Watch)  # of the main rank
 
     def start(self) -> None:
         """Open the run directory and take up an interrupted run."""
@@ -183,7 +183,8 @@ class Parts:
                 total_steps=config.run.steps,
                 resume_step=step,
             )
-            self.history = read_metrics(directory)
+            for line in read_metrics(directory):
+                self.alarms.see(line)
             unchecked = self.remote.unchecked if self.remote is not None else ""
             for text in filter(None, (*config.warnings, unchecked)):
                 self.warn("warning", text)
@@ -284,24 +285,18 @@ class Parts:
         """One line of metrics.jsonl, the console and wandb."""
         own = [s for s in samples if s.kind == "rollout"]
         samples = own or samples
-        lengths = [len(s.response_ids) for s in samples]
-        rewards = [s.reward for s in samples if s.reward is not None]
-        extra = {"response_length": sum(lengths) / len(lengths)}
-        extra["truncated"] = sum(s.finish_reason == "length" for s in samples) / len(samples)
-        if rewards:
-            extra["reward"] = sum(rewards) / len(rewards)
+        extra = sample_metrics(samples, self.eos_ids)
         if not self.config.rollout.whole_law:
             # Engine and trainer speak of different laws then; their difference is no mismatch.
             metrics = {k: v for k, v in metrics.items() if k not in MISMATCH}
         extra |= {**episode_metrics(samples), **self.score_metrics}
-        extra["tokens_per_s"] = sum(lengths) / max(sum(self.times.values()), 1e-9)
+        tokens = sum(len(s.response_ids) for s in samples)
+        extra["tokens_per_s"] = tokens / max(sum(self.times.values()), 1e-9)
         if self.logger is not None:
-            self.logger.log_metrics(
-                step, {**metrics, **extra, **self.sampler.metrics(), **self.times}
-            )
-            self.history.append(metrics)
-            for text in new_alarms(self.history).values():
-                self.warn("alarm", text, step=step)
+            line = {**metrics, **extra, **self.sampler.metrics(), **self.times}
+            self.logger.log_metrics(step, line)
+            for name, text in self.alarms.see(line).items():
+                self.warn("alarm", f"{text}: {ALARMS[name].means}", step=step, name=name)
         self.times = {}
 
     def evaluate_at(self, step: int) -> None:
@@ -332,7 +327,8 @@ class Parts:
         if self.teacher is not None or self.remote is not None:
             sampled = self.sampler.generate(self.held_out, -2, 1, self.sampler.buffer.params)
             self.sampler.take_turn()
-            result |= self.score_samples(sampled)
+            scored = self.score_samples(sampled)
+            result |= scored | self.pi_gap(sampled, scored)
         self.sampler.take_turn()
         if self.is_main and self.training:
             save_samples(self.dir, greedy, self.text)
@@ -349,6 +345,15 @@ class Parts:
             self.micro_batches(samples), self.teacher, reference=self.reference
         )
         return {name: scored[name] for name in EVALUATED if name in scored}
+
+    def pi_gap(self, samples: Sequence[Sample], scored: dict[str, float]) -> dict[str, float]:
+        """Mean of log q(y | x, PI) - log q(y | x) over sampled tokens: what the teacher's knowledge
+        changes. {} where it sees no more than the student; scored: `score_samples` of them."""
+        if "log_ratio" not in scored or not any(s.privileged for s in samples):
+            return {}
+        bare = [replace(s, prompt=replace(s.prompt, teacher_prompt_ids=None)) for s in samples]
+        # Of log p - log q, where p is the same.
+        return {"pi_gap": self.score_samples(bare)["log_ratio"] - scored["log_ratio"]}
 
     def checkpoint(self, step: int) -> None:
         """Save if this step is due; the last one always is."""

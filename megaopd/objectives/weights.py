@@ -117,6 +117,8 @@ def _metrics(
     found = {"groups/mixed": fmean(float(max(g) > min(g)) for g in rewards)}
     found["groups/solved"] = fmean(float(max(g) >= 1.0) for g in rewards)
     rollouts = [s for s in samples if s.kind == "rollout"]
+    if o.rl:
+        found["advantage_square"] = fmean((s.advantage or 0.0) ** 2 for s in rollouts)
     if o.only:
         found["distilled"] = fmean(float("distill" in (s.weights or {})) for s in rollouts)
     return found

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megaopd.errors import UserError
+from megaopd.report.diagnosis import diagnosis
 from megaopd.report.metrics import read_events, read_metrics
 from megaopd.report.plots import draw_plots
 
@@ -43,6 +44,7 @@ def write_report(run_dir: Path, *, title: str | None = None) -> Path:
         title=title or run_dir.resolve().name,
         steps=len(metrics),
         span=_span(metrics),
+        diagnosis=diagnosis(metrics) if metrics else [],
         plots=draw_plots([*metrics, *_event_rows(events)]),
         samples=samples,
         samples_total=samples_total,

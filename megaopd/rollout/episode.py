@@ -4,10 +4,12 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Literal
 
 from megaopd.data.tasks import Environment
 from megaopd.data.types import FinishReason, Sample, Span
+from megaopd.report.statistics import repetition
 from megaopd.rollout.base import Request, SamplingParams
 from megaopd.rollout.steps import Call
 
@@ -105,6 +107,20 @@ def turn_seed(seed: int, turn: int) -> int:
         return seed
     digest = hashlib.blake2b(f"{seed}/turn {turn}".encode(), digest_size=7).digest()
     return int.from_bytes(digest, "big")
+
+
+def sample_metrics(samples: Sequence[Sample], ends: Sequence[int]) -> dict[str, float]:
+    """Means over the samples of a step: length, the share that the limit cut, repetition (ids of
+    `ends` left out), and the reward of those that have one."""
+    found = {
+        "response_length": fmean(len(s.response_ids) for s in samples),
+        "truncated": fmean(s.finish_reason == "length" for s in samples),
+        "repetition": fmean(
+            repetition([i for i in s.response_ids if i not in ends]) for s in samples
+        ),
+    }
+    rewards = [s.reward for s in samples if s.reward is not None]
+    return found | ({"reward": fmean(rewards)} if rewards else {})
 
 
 def episode_metrics(samples: Iterable[Sample]) -> dict[str, float]:

@@ -21,10 +21,17 @@ from megaopd.trainer.batch import MicroBatch
 # Sums over the tokens of the step, in this order; token means are made of them at the end. What an
 # objective does not have is 0, so that every rank reduces the same vector.
 STATS = ("student_log_prob", "student_entropy", "teacher_log_prob", "teacher_entropy", *LIST_STATS)
+# Whether the teacher gives the sampled token more than e times the student's probability: the only
+# tokens that a biased top-k gradient raises.
+RATIO_SUMS = ("teacher_prefers",)
 ROLLOUT_SUMS = ("rollout_abs_diff", "rollout_k3", "rollout_ratio", "rollout_ratio_squared")
 IMPORTANCE_SUMS = ("weight", "weight_squared", "outside", "counted")
 COUNTS = tuple(f"{name}_tokens" for name in TERMS)  # of each term's family
-SUMS = ("loss", "tokens", *TERMS, *COUNTS, *STATS, *ROLLOUT_SUMS, *IMPORTANCE_SUMS)
+SUMS = (
+    "loss", "tokens", *TERMS, *COUNTS, *STATS, *RATIO_SUMS, *ROLLOUT_SUMS, *IMPORTANCE_SUMS,
+)  # fmt: skip
+# Tokens by |log p - log q| of the sampled one, in bins of this many nats; the last takes the rest.
+BINS, BIN_NATS = 64, 0.25
 
 
 @dataclass(frozen=True)
@@ -174,8 +181,8 @@ def objective_pass(
         return result.loss, torch.zeros((), dtype=torch.int), _token_sums(result, micro)
 
     sums = run_schedule(model, grid, inputs, forward_step, forward_only=forward_only)
-    totals = _reduce(sums, grid, device=micro_batches[0].tokens.device)
-    return _metrics(totals, objective, micro_batches[0])
+    totals, bins = _reduce(sums, grid, device=micro_batches[0].tokens.device)
+    return _metrics(totals, bins, objective, micro_batches[0])
 
 
 def _weighted(terms: dict[str, WeightedTerm], micro: MicroBatch) -> dict[str, Objective]:
@@ -197,7 +204,7 @@ def _inputs(objective: ObjectiveConfig, micro: MicroBatch) -> dict[str, Any]:
 
 
 def _token_sums(result: Any, micro: MicroBatch) -> Any:
-    """[n] fp64 sums over this micro-batch's tokens, in the order of SUMS."""
+    """[n + BINS] fp64 sums over this micro-batch's tokens, in the order of SUMS, and the bins."""
     import torch
 
     mask = micro.mask_T if micro.sampled_T is None else micro.sampled_T
@@ -210,6 +217,12 @@ def _token_sums(result: Any, micro: MicroBatch) -> Any:
         rows["rollout_k3"] = torch.expm1(diff.clamp(-20, 20)) - diff
         rows["rollout_ratio"] = bounded_exp(diff)
         rows["rollout_ratio_squared"] = rows["rollout_ratio"].square()
+    bins = torch.zeros(BINS, dtype=torch.float64, device=mask.device)
+    if "student_log_prob" in rows and "teacher_log_prob" in rows:
+        ratio = rows["student_log_prob"].double() - rows["teacher_log_prob"].double()
+        rows["teacher_prefers"] = (ratio < -1.0).double()
+        place = (ratio.abs() / BIN_NATS).nan_to_num(BINS, BINS).clamp(max=BINS - 1).long()
+        bins.index_add_(0, place, mask.double())
     sums = {name: torch.where(mask, row.double(), 0.0).sum() for name, row in rows.items()}
     for name, row in result.terms.items():
         own = micro.mask_T if name not in micro.families else micro.families[name] > 0
@@ -219,19 +232,33 @@ def _token_sums(result: Any, micro: MicroBatch) -> Any:
     if micro.importance_sums is not None:
         sums |= zip(IMPORTANCE_SUMS, micro.importance_sums.unbind(), strict=True)
     zero = torch.zeros((), dtype=torch.float64, device=mask.device)
-    return torch.stack([sums.get(name, zero) for name in SUMS])
+    return torch.cat([torch.stack([sums.get(name, zero) for name in SUMS]), bins])
 
 
-def _reduce(sums: list[Any], grid: Grid, *, device: Any) -> dict[str, float]:
-    """SUMS of the whole step, the same on every rank."""
+def _reduce(
+    sums: list[Any], grid: Grid, *, device: Any
+) -> tuple[dict[str, float], Sequence[float]]:
+    """(SUMS, bins) of the whole step, the same on every rank."""
     import torch
 
-    local = torch.stack(sums).sum(0) if sums else torch.zeros(len(SUMS), dtype=torch.float64)
-    return dict(zip(SUMS, sum_from_last_stage(local.to(device), grid).tolist(), strict=True))
+    size = len(SUMS) + BINS
+    local = torch.stack(sums).sum(0) if sums else torch.zeros(size, dtype=torch.float64)
+    whole = sum_from_last_stage(local.to(device), grid).tolist()
+    return dict(zip(SUMS, whole, strict=False)), whole[len(SUMS) :]
+
+
+def _percentile(bins: Sequence[float], share: float) -> float:
+    """The upper edge, in nats, of the bin that the share of tokens ends in."""
+    total, seen = sum(bins), 0.0
+    for i, count in enumerate(bins):
+        seen += count
+        if seen >= share * total:
+            return (i + 1) * BIN_NATS
+    return len(bins) * BIN_NATS
 
 
 def _metrics(
-    totals: dict[str, float], objective: ObjectiveConfig, micro: MicroBatch
+    totals: dict[str, float], bins: Sequence[float], objective: ObjectiveConfig, micro: MicroBatch
 ) -> dict[str, float]:
     """Token means by the name that they are logged under; micro: any one of the step's.
 
@@ -247,8 +274,11 @@ def _metrics(
     if objective.needs_teacher:
         if micro.payload == "hidden":
             metrics["teacher_entropy"] = means["teacher_entropy"]
+            metrics["entropy_gap"] = means["student_entropy"] - means["teacher_entropy"]
         if objective.passes_labels:
             metrics["log_ratio"] = means["student_log_prob"] - means["teacher_log_prob"]
+            metrics["log_ratio_p99"] = _percentile(bins, 0.99)
+            metrics["teacher_prefers"] = means["teacher_prefers"]
     if objective.loss == "sft" or objective.sft_coef:
         metrics["nll"] = means["sft"]
     if objective.replay:

@@ -18,7 +18,7 @@ import torch
 
 from megaopd.losses import reference, vocab_parallel_divergence
 from megaopd.losses.terms import Divergence, Sampled
-from megaopd.objectives.alarms import ALARMS
+from megaopd.report.alarms import ALARMS
 from tests.unit.test_losses_engine import fused
 from tests.unit.test_losses_golden import close, gradient
 
@@ -50,7 +50,7 @@ def exact_kl(z, teacher):
 def alarm(mass):
     """The first step at which METHODS 25's rule on mass_student fires, or None."""
     history = [{"mass_student": m} for m in mass]
-    rule = ALARMS["mass_student"]
+    rule = ALARMS["mass_student"].rule
     return next((i for i, now in enumerate(history) if rule(history[0], now)), None)
 
 

@@ -14,7 +14,6 @@ from megaopd.losses.engine import LIST_STATS
 from megaopd.losses.importance import BASELINES, TIS_MODES
 from megaopd.losses.sampled import ESTIMATORS, F_KINDS
 from megaopd.objectives import names
-from megaopd.objectives.alarms import new_alarms
 from megaopd.objectives.presets import NOT_YET, PRESETS
 from megaopd.objectives.spec import ObjectiveConfig
 from megaopd.objectives.surprises import warnings
@@ -356,19 +355,6 @@ def test_the_extra_terms_have_their_coefficients():
         "sft": (0.5, True),
         "entropy": (-0.25, False),
     }
-
-
-def test_an_alarm_is_raised_once():
-    history = [{"mass_student": 0.8}, {"mass_student": 0.7}]
-    assert new_alarms([]) == {} and new_alarms(history) == {}
-    history.append({"mass_student": 0.64})
-    assert "from 0.80 to 0.64" in new_alarms(history)["mass_student"]
-    history.append({"mass_student": 0.5})
-    assert new_alarms(history) == {}
-    assert new_alarms([{"loss": 1.0}, {"loss": 2.0}]) == {}
-    strayed = [{"rollout_k3": 4e-4}, {"rollout_k3": 0.057}]
-    assert "0.057" in new_alarms(strayed)["rollout_k3"] and new_alarms(strayed[:1]) == {}
-    assert "0.30" in new_alarms([{"tis/ess": 0.9}, {"tis/ess": 0.3}])["ess"]
 
 
 def micro_batch(mask, rollout, *, sequence_first_rows):

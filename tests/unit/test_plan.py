@@ -142,17 +142,6 @@ def test_stages_and_expert_ranks_share_the_parameters():
     assert sum(halves) == tied.parameters() + 1000 * 256  # the last stage has a copy
 
 
-def test_no_tensor_rank_splits_an_expert():
-    """As parallel.make_grid groups the ranks: experts over all ranks of a stage."""
-    shape = find_shape("qwen3-235b-a22b")
-    layouts = [ParallelConfig(tensor=t, sequence=t > 1, expert=8) for t in (1, 4)]
-    one, four = (stage_weights(Side(shape, x), 0, vocab_rows=shape.vocab) for x in layouts)
-    assert one.experts == four.experts and four.dense < one.dense
-    assert [Side(shape, x).expert_data(64) for x in layouts] == [8, 8]
-    assert misfit(Side(shape, layouts[1]), 8, 128) == ""  # 8 experts' ranks of 4 tensor ranks x 2
-    assert "ranks of a stage" in misfit(Side(shape, layouts[1]), 4, 128)
-
-
 def test_the_optimizer_is_split_over_data_and_context_ranks():
     whole = stage_memory(job(world=1), 0)
     split = stage_memory(job(layout=ParallelConfig(context=2)), 0)

@@ -1,0 +1,74 @@
+"""What went wrong in a run, in words, from its metrics: `megaopd report`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megaopd.report.alarms import ALARMS, WINDOW, Metrics, Watch, distance, means
+
+
+@dataclass(frozen=True)
+class Symptom:
+    """An alarm of a run."""
+
+    name: str
+    step: int  # that raised it
+    says: str  # at that step
+    means: str
+    fix: str
+
+
+def symptoms(rows: Sequence[Mapping[str, Any]]) -> list[Symptom]:
+    """The alarms of a run, the first one first; rows: lines of metrics.jsonl."""
+    watch, found = Watch(), []
+    for row in rows:
+        for name, says in watch.see(row).items():
+            found.append(
+                Symptom(name, row.get("step", 0), says, ALARMS[name].means, ALARMS[name].fix)
+            )
+    return found
+
+
+def diagnosis(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sentences: each symptom with what became of it until the end, or what went well."""
+    if len(rows) < 2 * WINDOW:
+        return [f"{len(rows)} steps are too few for a diagnosis: it takes {2 * WINDOW}."]
+    first, last = _ends(rows)
+    told = _told(first, last)
+    found = symptoms(rows)
+    if not found:
+        return [f"No alarm. {told}" if told else "No alarm."]
+    lines = []
+    for one in found:
+        end = ALARMS[one.name].rule(first, last)
+        text = end or f"{one.says} (at step {one.step}; no longer at the end)"
+        text += _while(one.name, first, last)
+        lines.append(f"{text}: {one.means}. Try {one.fix}. (first seen at step {one.step})")
+    return [line[0].upper() + line[1:] for line in lines] + ([told] if told else [])
+
+
+def _ends(rows: Sequence[Mapping[str, Any]]) -> tuple[Metrics, Metrics]:
+    """Means of the first and of the last steps."""
+    plain = [{k: float(v) for k, v in r.items() if isinstance(v, int | float)} for r in rows]
+    first, last = means(plain[:WINDOW]), means(plain[-WINDOW:])
+    last["best/reward"] = first.get("reward", 0.0)
+    return first, last
+
+
+def _while(name: str, first: Metrics, last: Metrics) -> str:
+    """That the objective, by its own account, went well meanwhile."""
+    if name not in ("mass_student", "distance") or not last.get("loss", 0.0) < first.get("loss", 0):
+        return ""
+    return f" while the loss improved from {first['loss']:.3f} to {last['loss']:.3f}"
+
+
+def _told(first: Metrics, last: Metrics) -> str:
+    """Where the run began and ended."""
+    parts = []
+    far, was = distance(last), distance(first)
+    if far and was and far[0] == was[0]:
+        parts.append(f"distance to the teacher ({far[0]}) {was[1]:.3f} -> {far[1]:.3f}")
+    for name in ("reward", "entropy", "response_length"):
+        if name in first and name in last:
+            parts.append(f"{name.replace('_', ' ')} {first[name]:.3g} -> {last[name]:.3g}")
+    return f"From the first steps to the last: {', '.join(parts)}." if parts else ""

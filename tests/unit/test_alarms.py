@@ -1,0 +1,108 @@
+"""Alarms on a run's metrics, and what `megaopd report` says of them."""
+
+import json
+
+import pytest
+
+from megaopd.report.alarms import ALARMS, WINDOW, Watch
+from megaopd.report.diagnosis import diagnosis, symptoms
+from megaopd.report.html import write_report
+
+
+def rows(steps=30, **metrics):
+    """Lines of a run: each metric goes in a straight line from its first to its last value."""
+    lines = []
+    for i in range(steps):
+        share = i / (steps - 1)
+        line = {k: a + (b - a) * share for k, (a, b) in metrics.items()}
+        lines.append({"step": i + 1, **line})
+    return lines
+
+
+def names(*args, **metrics):
+    return [one.name for one in symptoms(rows(*args, **metrics))]
+
+
+BAD = {
+    "mass_student": {"mass_student": (0.98, 0.4)},
+    "ess": {"rollout_ess": (0.9, 0.3)},
+    "rollout_k3": {"rollout_k3": (1e-4, 0.2)},
+    "entropy_collapse": {"entropy": (0.3, 0.0), "teacher_entropy": (0.4, 0.4)},
+    "entropy_rise": {"entropy": (0.5, 1.6), "teacher_entropy": (0.5, 0.6)},
+    "repetition": {"repetition": (0.05, 0.6)},
+    "response_length": {"response_length": (20, 60), "reward": (0.5, 0.42)},
+    "distance": {"kl": (0.4, 0.9)},
+    "reward": {"reward": (0.6, 0.2), "kl": (0.5, 0.1)},
+    "groups": {"groups/mixed": (0.5, 0.0), "reward": (0.05, 0.0)},
+}  # fmt: skip
+
+
+def test_every_alarm_has_an_example():
+    assert {*BAD, "not_finite"} == set(ALARMS)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_failure_raises_its_alarm_and_no_other_once(name):
+    assert names(**BAD[name]) == [name]
+    assert names(**{k: (a, a) for k, (a, _) in BAD[name].items()}) == []
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        {"mass_student": (0.9, 0.8), "reward": (0.2, 0.9), "kl": (0.5, 0.05)},
+        # As decided as its teacher, and right.
+        {"entropy": (0.6, 0.01), "teacher_entropy": (0.01, 0.01)},
+        {"entropy": (0.6, 0.01), "reward": (0.2, 1.0), "groups/mixed": (0.5, 0.0)},
+        # It follows a teacher that is less decided.
+        {"entropy": (0.3, 0.8), "teacher_entropy": (0.9, 0.8)},
+        {"response_length": (20, 60), "reward": (0.5, 0.7)},
+        {"log_ratio": (0.001, 0.03)},
+    ],
+)
+def test_what_a_healthy_run_may_do(metrics):
+    assert names(**metrics) == []
+
+
+def test_a_number_that_is_none_is_its_own_alarm_at_once():
+    watch = Watch()
+    assert watch.see({"loss": 1.0, "mass_student": 0.9}) == {}
+    assert list(watch.see({"loss": float("nan"), "mass_student": float("nan")})) == ["not_finite"]
+    for _ in range(3 * WINDOW):
+        assert watch.see({"loss": float("nan"), "mass_student": float("nan")}) == {}
+
+
+def test_one_bad_step_is_no_alarm():
+    watch = Watch()
+    assert not any(watch.see({"entropy": 3.0 if i == 14 else 1.0}) for i in range(30))
+
+
+def test_a_run_that_is_taken_up_again_does_not_repeat_itself():
+    lines = rows(**BAD["mass_student"])
+    first, second = Watch(), Watch()
+    said = [list(first.see(line)) for line in lines]
+    for line in lines[:25]:
+        second.see(line)
+    assert [list(second.see(line)) for line in lines[25:]] == said[25:]
+
+
+def test_the_report_says_it_in_words(tmp_path):
+    lines = rows(mass_student=(0.98, 0.38), loss=(0.4, -0.2), bucket_kl=(0.3, 0.31))
+    (text, told) = diagnosis(lines)
+    for part in (
+        "from 0.94 to 0.42 while the loss improved from 0.359 to -0.159",
+        "the signature of a biased top-k gradient",
+        "objective.variant=tail or sg",
+        "(first seen at step 13)",
+    ):
+        assert part in text, text
+    assert told.startswith("From the first steps to the last: distance to the teacher (bucket_kl)")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report(tmp_path).read_text()
+    assert "Diagnosis" in page and "the signature of a biased top-k gradient" in page
+
+
+def test_a_short_run_and_a_healthy_one():
+    assert "too few" in diagnosis(rows(4, loss=(1.0, 0.5)))[0]
+    (line,) = diagnosis(rows(kl=(0.5, 0.1), reward=(0.2, 0.8)))
+    assert line.startswith("No alarm.") and "reward 0.241 -> 0.759" in line
