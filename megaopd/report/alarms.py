@@ -1,23 +1,24 @@
 """Alarms on the metrics of a run: signs that it does something other than it should, in words.
 
-A rule compares means over a few steps: the first ones of the run, the last ones so far, and the
-best ones of the reward. Each is raised once a run. The thresholds are METHODS' where it has them;
-tools/diagnosis_trial.py holds them against failures that are provoked and against healthy runs.
+A rule compares means over a few steps: the first ones of the run and the last ones so far. What
+changed counts only beyond two standard errors, so that small batches do not raise alarms by chance.
+Each is raised once a run. tools/diagnosis_trial.py holds the thresholds against failures that are
+provoked and against healthy runs.
 """
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, variance
 from typing import Any
 
 Metrics = Mapping[str, float]
 # (means of the first steps, of the last ones) -> what is wrong, or "".
 Rule = Callable[[Metrics, Metrics], str]
 
-WINDOW = 5  # steps that a mean is over
-BEST = "best/reward"  # among the last ones: the best mean of so many steps before
+WINDOW = 10  # steps that a mean is over
+ERRORS = 2.0  # standard errors of a difference that are taken off it
 # What says how far student and teacher are apart, in order of preference.
 DISTANCES = ("kl", "bucket_kl", "log_ratio")
 
@@ -105,18 +106,18 @@ def _distance(first: Metrics, now: Metrics) -> str:
     if found is None or before is None or found[0] != before[0]:
         return ""
     (name, value), (_, was) = found, before
-    if value <= max(DISTANCE_RISE * was, was + LEAST_RISE):
+    # A loss other than reverse KL may fall while the log-ratio rises.
+    other = name == "log_ratio" and now.get("distill", was) < first.get("distill", -math.inf)
+    if other or value <= max(DISTANCE_RISE * was, was + LEAST_RISE):
         return ""
     return f"the distance to the teacher ({name}) rose from {was:.3f} to {value:.3f} nats a token"
 
 
 def _reward(first: Metrics, now: Metrics) -> str:
-    """Worse than it was, and than at the beginning: a good spell that ends is no failure."""
-    best = now.get(BEST, 0.0)
+    """Worse than at the beginning: a good spell that ends is no failure."""
     if "reward" not in first or "reward" not in now:
         return ""
-    lost = min(best, first["reward"]) - now["reward"]
-    if lost <= REWARD_FALL:
+    if first["reward"] - now["reward"] <= REWARD_FALL:
         return ""
     text = f"the reward fell from {first['reward']:.2f} to {now['reward']:.2f}"
     far, was = distance(now), distance(first)
@@ -202,10 +203,11 @@ ALARMS: dict[str, Alarm] = {
     ),
     "reward": Alarm(
         _reward,
-        "imitating this teacher on the student's own prefixes makes the student worse: a teacher "
-        "that is worse there than its benchmark, or one that sees what the student cannot know",
-        "objective.sft_coef with [mix], rewards (objective.rl), or another teacher; with "
-        "privileged information a rule that holds for all prompts instead of the answer",
+        "the update makes the student worse at its task: a teacher that is worse on the student's "
+        "own prefixes than its benchmark says, or sees what the student cannot know; with rewards "
+        "alone, steps that are too large",
+        "another teacher, objective.sft_coef with [mix], rewards beside the teacher (objective.rl) "
+        "or a smaller optim.lr; as privileged information a rule that holds for all prompts",
     ),
     "groups": Alarm(
         _no_signal,
@@ -228,7 +230,6 @@ class Watch:
     raised: set[str] = field(default_factory=set)
     _first: list[Metrics] = field(default_factory=list)
     _last: deque[Metrics] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    _best: float = -math.inf
     _steps: int = 0
 
     def see(self, metrics: Mapping[str, Any]) -> dict[str, str]:
@@ -238,19 +239,40 @@ class Watch:
         self._last.append(values)
         if len(self._first) < WINDOW:
             self._first.append(values)
-        first, now = means(self._first), means(self._last)
-        now[BEST] = self._best
-        self._best = max(self._best, now.get("reward", -math.inf))
-        finite = {name: value for name, value in now.items() if math.isfinite(value)}
-        said = {}
-        for name, alarm in ALARMS.items():
-            # Before then the two windows would overlap.
-            ready = alarm.at_once or self._steps >= 2 * WINDOW
-            if ready and name not in self.raised:
-                said[name] = alarm.rule(first, now if alarm.rule is _not_finite else finite)
-        said = {name: text for name, text in said.items() if text}
+        ready = self._steps >= 2 * WINDOW  # before, the two windows overlap
+        wanted = {n for n, a in ALARMS.items() if (ready or a.at_once) and n not in self.raised}
+        said = judged(self._first, self._last, wanted)
         self.raised |= said.keys()
         return said
+
+
+def judged(
+    first: Sequence[Metrics], last: Sequence[Metrics], wanted: Collection[str] = ()
+) -> dict[str, str]:
+    """The alarms (of `wanted`; default: all) that the last steps raise against the first ones."""
+    start, now = means(first), means(last)
+    finite = {name: value for name, value in now.items() if math.isfinite(value)}
+    careful = {n: _towards(start.get(n, v), v, _error(first, last, n)) for n, v in finite.items()}
+    found = {}
+    for name in wanted or ALARMS:
+        rule = ALARMS[name].rule
+        if rule is _not_finite:
+            found[name] = rule(start, now)
+        elif ALARMS[name].at_once or rule(start, careful):
+            found[name] = rule(start, finite)
+    return {name: text for name, text in found.items() if text}
+
+
+def _error(first: Sequence[Metrics], last: Sequence[Metrics], name: str) -> float:
+    """The standard error of the difference of a metric's two means, steps as independent draws."""
+    columns = ([row[name] for row in rows if name in row] for rows in (first, last))
+    return sum(variance(v) / len(v) for v in columns if len(v) > 1) ** 0.5
+
+
+def _towards(start: float, now: float, error: float) -> float:
+    """`now`, nearer to `start` by ERRORS errors, at most there."""
+    less = max(0.0, abs(now - start) - ERRORS * error)
+    return start + math.copysign(less, now - start)
 
 
 def means(rows: Iterable[Metrics]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megaopd.report.alarms import ALARMS, WINDOW, Metrics, Watch, distance, means
+from megaopd.report.alarms import ALARMS, WINDOW, Metrics, Watch, distance, judged, means
 
 
 @dataclass(frozen=True)
@@ -33,26 +33,19 @@ def diagnosis(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Sentences: each symptom with what became of it until the end, or what went well."""
     if len(rows) < 2 * WINDOW:
         return [f"{len(rows)} steps are too few for a diagnosis: it takes {2 * WINDOW}."]
-    first, last = _ends(rows)
+    plain = [{k: float(v) for k, v in r.items() if isinstance(v, int | float)} for r in rows]
+    first, last = means(plain[:WINDOW]), means(plain[-WINDOW:])
+    at_end = judged(plain[:WINDOW], plain[-WINDOW:])
     told = _told(first, last)
     found = symptoms(rows)
     if not found:
         return [f"No alarm. {told}" if told else "No alarm."]
     lines = []
     for one in found:
-        end = ALARMS[one.name].rule(first, last)
-        text = end or f"{one.says} (at step {one.step}; no longer at the end)"
+        text = at_end.get(one.name) or f"{one.says} (at step {one.step}; no longer at the end)"
         text += _while(one.name, first, last)
         lines.append(f"{text}: {one.means}. Try {one.fix}. (first seen at step {one.step})")
     return [line[0].upper() + line[1:] for line in lines] + ([told] if told else [])
-
-
-def _ends(rows: Sequence[Mapping[str, Any]]) -> tuple[Metrics, Metrics]:
-    """Means of the first and of the last steps."""
-    plain = [{k: float(v) for k, v in r.items() if isinstance(v, int | float)} for r in rows]
-    first, last = means(plain[:WINDOW]), means(plain[-WINDOW:])
-    last["best/reward"] = first.get("reward", 0.0)
-    return first, last
 
 
 def _while(name: str, first: Metrics, last: Metrics) -> str:

@@ -1,7 +1,8 @@
 """The report of a study: a table of cases, a line for each finding, and plots; from its files."""
 
+import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -11,31 +12,39 @@ from megaopd.study import many_faces
 QUESTIONS = {
     1: "The loss, over k",
     2: "The teacher",
+    3: "Student x teacher x what the teacher sees, at two losses",
     4: "The student as its own teacher",
     5: "Where the student comes from",
     6: "Sampled-token estimators",
 }
+# Student's t at 0.975 for 1, 2, ... degrees of freedom.
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+STYLE = (
+    "body{max-width:72rem;margin:2rem auto;padding:0 1rem;font:16px/1.5 system-ui,sans-serif}"
+    "table{border-collapse:collapse;font-size:.9rem}td,th{border:1px solid #8886;"
+    "padding:.25rem .6rem;text-align:left}img{max-width:100%}"
+)
 
 
-def write(root: Path, seeds: Sequence[int]) -> Path:
-    """study.md, study.json and plots under `root`; the page's path."""
+def write(root: Path, seeds: Sequence[int], *, seconds: float | None = None) -> Path:
+    """study.md, study.html, study.json and plots under `root`; the page's path.
+
+    seconds: what the runs took; None where not all of them are of this call: it is not told then.
+    """
     table = load(root)
-    prefixes = {
-        int(p.stem.split("-")[1]): json.loads(p.read_text())
-        for p in sorted((root / "figures").glob("prefixes-*.json"))
-    }
+    prefixes, noise = _extras(root, "prefixes"), _extras(root, "noise")
     lines = ["# The Many Faces of On-Policy Distillation, at laptop scale", ""]
     lines += [
         "    megaopd study many_faces --seeds " + " ".join(map(str, seeds)),
         "",
         "Two-digit addition, a student of 25,312 parameters that knows a third of it, a teacher of "
-        "99,776, 120 steps of 96 samples;",
-        "the centre is reverse KL on the student's top 2 of 18 tokens with the gradient stopped. "
-        "Figures are means over seeds, +- the standard",
-        "deviation; rules of the verdicts stand in megaopd/study/many_faces.py and were written "
-        "before the runs. One task, small models: a verdict",
-        "is about these, not about the paper's.",
+        "99,776, 120 steps of 96 samples; the centre is reverse KL on the student's top 2 of 18 "
+        "tokens with the gradient stopped. Figures are means over seeds, +- half of the 95% "
+        "t-interval of the mean. The rules of the verdicts stand in megaopd/study/many_faces.py "
+        "and were written before the runs. One family of tasks, small models: a verdict is about "
+        "these, not about the paper's.",
         "",
+        *([f"{len(table)} cases, {len(seeds)} seeds, {seconds:.0f} s.", ""] if seconds else []),
         "## Findings",
         "",
         "| the paper's finding | verdict | evidence |",
@@ -47,7 +56,15 @@ def write(root: Path, seeds: Sequence[int]) -> Path:
     evidence = ", ".join(f"{n} tokens: {m:.3f}" for n, m in enumerate(means)) or "no run"
     verdict = many_faces.prefix_verdict(prefixes)
     lines.append(f"| {many_faces.PREFIX_FINDING} | {verdict} | {evidence} |")
-    lines += ["", "## Cases", ""]
+    verdict, evidence = many_faces.noise_verdict(noise), _noise_evidence(noise)
+    lines.append(f"| {many_faces.NOISE_FINDING} | {verdict} | {evidence} |")
+    lines += [
+        "",
+        "## Cases",
+        "",
+        "Exact KL: to the teacher, over the whole vocabulary. Mass: of the ",
+    ]
+    lines[-1] += "student on its list, at the end.", ""
     for question, title in QUESTIONS.items():
         lines += [f"### {title}", "", "| case | accuracy | gain | exact KL | entropy | mass |"]
         lines += ["|---|---|---|---|---|---|"]
@@ -57,36 +74,86 @@ def write(root: Path, seeds: Sequence[int]) -> Path:
             if case.question == question and case.name in table
         ]
         lines.append("")
+    lines += _noise_table(noise)
     lines += ["![mass on the support over the steps](mass.png)", ""]
     lines += ["![accuracy of every case, by seed](accuracy.png)", ""]
     _plot_mass(root)
     _plot_accuracy(root, table)
-    (root / "study.json").write_text(json.dumps({"cases": table, "prefixes": prefixes}, indent=1))
+    (root / "study.json").write_text(
+        json.dumps({"cases": table, "prefixes": prefixes, "noise": noise}, indent=1)
+    )
     path = root / "study.md"
     path.write_text("\n".join(lines))
+    _write_html(root, "\n".join(lines))
     return path
+
+
+def _write_html(root: Path, text: str) -> None:
+    """The same page in one file, with its plots."""
+    from markdown_it import MarkdownIt
+
+    body = MarkdownIt("commonmark").enable("table").render(text)
+    for name in ("mass.png", "accuracy.png"):
+        data = base64.b64encode((root / name).read_bytes()).decode()
+        body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{data}"')
+    head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>megaopd study</title>'
+    (root / "study.html").write_text(f"{head}<style>{STYLE}</style><body>{body}</body></html>\n")
+
+
+def _extras(root: Path, name: str) -> dict[int, Any]:
+    """What a part other than cases found, by seed."""
+    paths = sorted((root / "figures").glob(f"{name}-*.json"))
+    return {int(path.stem.split("-")[1]): json.loads(path.read_text()) for path in paths}
+
+
+def _noise_evidence(noise: Mapping[int, Any]) -> str:
+    names = ("pg", "vopd, top 5", "vopd, optimal")
+    means = [f"{n}: {fmean(s[n]['noise'] for s in noise.values()):.2f}" for n in names if noise]
+    return "noise " + ", ".join(means) if means else "no run"
+
+
+def _noise_table(noise: Mapping[int, Any]) -> list[str]:
+    if not noise:
+        return []
+    lines = [
+        "Noise: variance of a sampled token's gradient at the logits over the squared norm of the "
+        "full divergence's; bias: of its mean. Exact sums over the vocabulary, at every token of "
+        "400 responses of the student before training.",
+        "",
+        "| estimator | noise | bias |",
+        "|---|---|---|",
+    ]
+    for name in next(iter(noise.values())):
+        columns = [_cell([s[name][key] for s in noise.values()]) for key in ("noise", "bias")]
+        lines.append(f"| {name} | {' | '.join(columns)} |")
+    return [*lines, ""]
 
 
 def load(root: Path) -> dict[str, dict[int, dict[str, float]]]:
     """Figures by case and seed, of what has been run."""
     table: dict[str, dict[int, dict[str, float]]] = {}
     for path in sorted((root / "figures").glob("*.json")):
-        if path.name.endswith(".curve.json") or path.name.startswith("prefixes-"):
+        if path.name.endswith(".curve.json") or path.name.startswith(("prefixes-", "noise-")):
             continue
         record = json.loads(path.read_text())
         table.setdefault(record.pop("case"), {})[record.pop("seed")] = record
     return table
 
 
+def _cell(values: list[float]) -> str:
+    """The mean, and half of the 95% t-interval."""
+    if len(values) < 2:
+        return f"{fmean(values):.3f}" if values else "-"
+    quantile = T_975[min(len(values) - 2, len(T_975) - 1)]
+    half = quantile * stdev(values) / len(values) ** 0.5
+    return f"{fmean(values):.3f} +- {half:.3f}"
+
+
 def _row(name: str, rows: list[dict[str, float]]) -> str:
-    def cell(values: list[float]) -> str:
-        spread = f" +- {stdev(values):.3f}" if len(values) > 1 else ""
-        return f"{fmean(values):.3f}{spread}" if values else "-"
-
     def column(key: str) -> str:
-        return cell([r[key] for r in rows if key in r])
+        return _cell([r[key] for r in rows if key in r])
 
-    gain = cell([r["accuracy"] - r["before"] for r in rows])
+    gain = _cell([r["accuracy"] - r["before"] for r in rows])
     cells = [column("accuracy"), gain, column("kl"), column("entropy"), column("mass")]
     return f"| {name} | " + " | ".join(cells) + " |"
 
@@ -104,16 +171,19 @@ def _plot_mass(root: Path) -> None:
     """The student's mass on its top k, step by step, first seed that is there."""
     figure, axes = _axes(len(many_faces.KS), 10, 3)
     for axis, k in zip(axes[0], many_faces.KS, strict=True):
+        labelled = set[str]()
         for color, variant in enumerate(many_faces.TRUNCATED):
             stem = "".join(c if c.isalnum() else "_" for c in f"{variant}, k={k}")
             for path in sorted((root / "figures").glob(f"{stem}-*.curve.json"))[:3]:
                 mass = json.loads(path.read_text())["mass_student"]
-                first = path.name.endswith("-0.curve.json")
-                axis.plot(mass, color=f"C{color}", alpha=0.7, label=variant if first else None)
+                label = None if variant in labelled else variant
+                axis.plot(mass, color=f"C{color}", alpha=0.7, label=label)
+                labelled.add(variant)
         axis.set_title(f"k = {k}", fontsize=9)
         axis.set_ylim(0, 1.02)
     axes[0][0].set_ylabel("student's mass on the support")
-    axes[0][-1].legend(fontsize=7)
+    if axes[0][-1].lines:
+        axes[0][-1].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(root / "mass.png", dpi=120)
 

@@ -5,13 +5,14 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from megaopd.errors import UserError
-from megaopd.recipes import FOLDER, merged
+from megaopd.recipes import FOLDER, merged, places
 from megaopd.report.metrics import read_metrics
+from megaopd.report.progress import progress
 from megaopd.study import many_faces, report
 from megaopd.study.stages import Stages
 
@@ -23,45 +24,90 @@ def command(root: Path, seeds: Sequence[int], workers: int, only: Sequence[int])
     """`megaopd study many_faces`: run what is missing, and write study.md and study.html."""
     if workers < 1 or not seeds:
         raise UserError(f"--workers {workers}, --seeds {list(seeds)}", expected="at least one")
-    cases = [c for c in many_faces.CASES if not only or c.question in only]
-    todo = sum(
-        not _figures_file(root, seed, case.name).is_file() for seed in seeds for case in cases
-    )
-    minutes = todo * SECONDS / 60 / min(workers, len(seeds))
-    print(f"{len(cases)} cases x {len(seeds)} seeds, {todo} to run: about {minutes:.0f} min")
+    questions = list(only) or list(report.QUESTIONS)
+    cases = [case for case in many_faces.CASES if case.question in questions]
+    jobs = [(root, seed, what) for seed in seeds for what in _missing(root, seed, questions)]
+    minutes = len(jobs) * SECONDS / 60 / workers
+    print(f"{len(cases)} cases x {len(seeds)} seeds, {len(jobs)} to run: about {minutes:.0f} min")
     begun = time.monotonic()
-    jobs = [
-        (str(root), seed, [case.name for case in cases], not only or 2 in only) for seed in seeds
-    ]
-    if workers == 1:
-        failed = [_run_seed(job) for job in jobs]
-    else:
-        # Fresh interpreters: a worker imports once and runs all cases of its seeds.
-        with multiprocessing.get_context("spawn").Pool(min(workers, len(seeds))) as pool:
-            failed = pool.map(_run_seed, jobs, chunksize=1)
-    path = report.write(root, seeds)
-    print(f"{time.monotonic() - begun:.0f} s; wrote {path}")
-    for text in (line for lines in failed for line in lines):
+    wanted = [(root, seed, sorted(_stages_of(jobs, seed))) for seed in seeds]
+    # Fresh interpreters, each of which imports once. First what cases share, so that no two make
+    # the same stage.
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        failed = _all(pool, _make_stages, wanted, "stages, by seed")
+        failed += _all(pool, _run_job, jobs, "cases")
+    seconds = time.monotonic() - begun
+    path = report.write(root, seeds, seconds=seconds if jobs and not failed else None)
+    print(f"{seconds:.0f} s; wrote {path}")
+    for text in failed:
         print(f"failed: {text}")
-    return 1 if any(failed) else 0
+    return 1 if failed else 0
 
 
-def _run_seed(job: tuple[str, int, list[str], bool]) -> list[str]:
-    """All cases of one seed in this process; what failed."""
-    root, seed, names, prefixes = Path(job[0]), job[1], set(job[2]), job[3]
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    stages = Stages(root / f"seed_{seed}", seed, say=lambda text: print(f"[{seed}] {text}"))
+Job = tuple[Path, int, str]  # the root, a seed, and a case or one of EXTRAS
+
+
+def _missing(root: Path, seed: int, questions: Sequence[int]) -> list[str]:
+    """Cases and extras that have no figures yet."""
+    names = [case.name for case in many_faces.CASES if case.question in questions]
+    names += [name for name, (question, _, _) in EXTRAS.items() if question in questions]
+    return [name for name in names if not _figures_file(root, seed, name).is_file()]
+
+
+def _stages_of(jobs: Sequence[Job], seed: int) -> set[str]:
+    """What the jobs of a seed start from."""
+    cases = {case.name: case for case in many_faces.CASES}
+    found: set[str] = set()
+    for _, other, name in jobs:
+        if other == seed:
+            values = merged(_shared(), cases[name].values) if name in cases else {}
+            found |= set(places(values)) if name in cases else set(EXTRAS[name][1])
+    return found
+
+
+def _all(pool: Any, work: Any, jobs: Sequence[Any], what: str) -> list[str]:
+    """Run the jobs, with a bar; what failed."""
     failed = []
-    for case in many_faces.CASES:
-        if case.name in names:
-            try:
-                _run_case(stages, root, seed, case)
-            except Exception as error:  # one case's fault is a line of the report
-                traceback.print_exc()
-                failed.append(f"seed {seed}, {case.name}: {type(error).__name__}: {error}")
-    if prefixes:
-        _prefixes(stages, root, seed)
+    with progress(what, len(jobs), enabled=len(jobs) > 0) as advance:
+        for texts in pool.imap_unordered(work, jobs):
+            failed += texts
+            advance(1)
     return failed
+
+
+def _stages(root: Path, seed: int) -> Stages:
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    return Stages(root / f"seed_{seed}", seed, say=lambda text: None)
+
+
+def _make_stages(job: tuple[Path, int, list[str]]) -> list[str]:
+    root, seed, names = job
+    stages, failed = _stages(root, seed), []
+    for name in names:
+        try:
+            stages.make(name)
+        except Exception as error:  # the cases that need it will fail, and others will not
+            traceback.print_exc()
+            failed.append(f"seed {seed}, stage {name}: {type(error).__name__}: {error}")
+    return failed
+
+
+def _run_job(job: Job) -> list[str]:
+    """One case, or one of EXTRAS, in this process; what failed."""
+    root, seed, name = job
+    stages = _stages(root, seed)
+    try:
+        if name in EXTRAS:
+            out = _figures_file(root, seed, name)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(EXTRAS[name][2](stages)))
+        else:
+            case = next(case for case in many_faces.CASES if case.name == name)
+            _run_case(stages, root, seed, case)
+    except Exception as error:  # one case's fault is a line of the report
+        traceback.print_exc()
+        return [f"seed {seed}, {name}: {type(error).__name__}: {error}"]
+    return []
 
 
 def _figures_file(root: Path, seed: int, name: str) -> Path:
@@ -77,8 +123,6 @@ def _shared() -> dict[str, Any]:
 
 def _run_case(stages: Stages, root: Path, seed: int, case: many_faces.Case) -> None:
     out = _figures_file(root, seed, case.name)
-    if out.is_file():
-        return
     values = merged(_shared(), case.values)
     summary = stages.run("".join(c if c.isalnum() else "_" for c in case.name), values)
     run_dir = Path(summary["dir"])
@@ -87,6 +131,8 @@ def _run_case(stages: Stages, root: Path, seed: int, case: many_faces.Case) -> N
     found |= _exact(stages, values, run_dir)
     if "mass_student" in lines[0]:
         found |= {"mass_first": lines[0]["mass_student"], "mass": lines[-1]["mass_student"]}
+    if values["student"]["path"] == "{keyed_student}":
+        found |= _means(stages, run_dir)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"case": case.name, "seed": seed, **found}))
     curve = {k: [line.get(k) for line in lines] for k in ("mass_student", "entropy", "reward")}
@@ -112,15 +158,37 @@ def _exact(stages: Stages, values: dict[str, Any], run_dir: Path) -> dict[str, f
     return {"kl": figures["kl"], "entropy": figures["entropy"]}
 
 
-def _prefixes(stages: Stages, root: Path, seed: int) -> None:
-    out = root / "figures" / f"prefixes-{seed}.json"
-    if out.is_file():
-        return
+def _means(stages: Stages, run_dir: Path) -> dict[str, float]:
+    """Where the student stands to the means of its teacher's laws over the keys."""
+    from megaopd.study.laws import mean_laws
+
+    last = max((run_dir / "checkpoints").glob("step_????????"))
+    start = Path(stages.make("keyed_student"))
+    return mean_laws(last, start, start, keys=many_faces.KEYS)
+
+
+def _noise(stages: Stages) -> Any:
+    """Question 6: noise and bias of the estimators on the student's own responses."""
+    from megaopd.data.responses import read_records
+    from megaopd.study.laws import estimator_noise
+
+    records = read_records(Path(stages.make("student_responses")))
+    student, teacher = (Path(stages.make(name)) for name in ("student", "teacher"))
+    return estimator_noise(student, teacher, records)
+
+
+def _prefixes(stages: Stages) -> Any:
+    """Question 2: the teacher's accuracy behind the student's first tokens."""
     from megaopd.study.prefixes import continuations
 
     responses = Path(stages.make("student_responses"))
     values = merged(_shared(), {"student": {"path": stages.make("teacher")}})
     values.pop("teacher")
-    found = continuations(values, responses, PREFIXES)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found))
+    return continuations(values, responses, PREFIXES)
+
+
+# Name -> the question, the stages that it needs, and what makes its figures.
+EXTRAS: dict[str, tuple[int, tuple[str, ...], Callable[[Stages], Any]]] = {
+    "prefixes": (2, ("student_responses", "teacher"), _prefixes),
+    "noise": (6, ("student_responses", "student", "teacher"), _noise),
+}

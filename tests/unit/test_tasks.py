@@ -44,6 +44,38 @@ def test_formats():
     assert chain.answer == ",".join(map(str, totals)) + "."
 
 
+def test_a_key_that_the_question_does_not_tell():
+    """rule: always the same one. shown: in front of every second question. The splits agree."""
+    made = {
+        name: [get_task(name).example(i, 0, "train") for i in range(60)]
+        for name in ("hidden3", "rule3", "shown3")
+    }
+    for name, examples in made.items():
+        for example in examples:
+            *told, question = example.prompt.split("?")
+            a, b = int(question[:2]), int(question[3])
+            key = int(example.meta["solution"])
+            assert example.answer == f"{(a + b + key) % 10}." and key < 3
+            assert told in ([], [str(key)]) and not held_out(question)
+            assert name != "rule3" or key == 2
+    assert {e.meta["solution"] for e in made["hidden3"]} == {"0", "1", "2"}
+    assert sum("?" in e.prompt for e in made["shown3"]) == 30
+    assert not any("?" in e.prompt for e in made["hidden3"] + made["rule3"])
+
+
+def test_addition_with_help_in_front():
+    from megaopd.data.tasks.arithmetic import columns
+
+    assert columns(18, 27) == "8+7=15,1+2+1=4" and columns(5, 3) == "5+3=8"
+    assert columns(0, 0) == "0+0=0" and columns(7, 20) == "7+0=7,0+2=2"
+    examples = [get_task("told_addition2").example(i, 0, "train") for i in range(30)]
+    for i, example in enumerate(examples):
+        *told, question = example.prompt.split("?")
+        a, b = (int(x) for x in question.removesuffix("=").split("+"))
+        assert example.answer == f"{a + b}."
+        assert told == ([], [example.answer], [columns(a, b)])[i % 3]
+
+
 @pytest.mark.parametrize("name", ARITHMETIC)
 def test_arithmetic_verifier(name):
     task = get_task(name)

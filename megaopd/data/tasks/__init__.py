@@ -8,6 +8,7 @@ from collections.abc import Callable
 from megaopd.data.tasks.arithmetic import ArithmeticTask
 from megaopd.data.tasks.base import Example, Split, Task
 from megaopd.data.tasks.environments import Environment, EnvironmentTask
+from megaopd.data.tasks.keyed import KeyedTask, ToldTask
 from megaopd.data.tasks.math import MathTask
 from megaopd.data.tasks.reasoning_gym import ReasoningGymTask
 from megaopd.data.tasks.sokoban import SokobanTask
@@ -21,6 +22,10 @@ TASKS: dict[str, Callable[[str], Task]] = {
     "subtraction": lambda size: ArithmeticTask("subtraction", int(size or 3)),
     "addsub": lambda size: ArithmeticTask("addsub", int(size or 3)),
     "chain": lambda size: ArithmeticTask("chain", int(size or 4)),
+    "hidden": lambda keys: KeyedTask("hidden", int(keys or 3)),
+    "rule": lambda keys: KeyedTask("rule", int(keys or 3)),
+    "shown": lambda keys: KeyedTask("shown", int(keys or 3)),
+    "told_addition": lambda size: ToldTask(int(size or 2)),
     "calculator": lambda size: CalculatorTask(int(size or 3)),
     "sokoban": lambda size: SokobanTask(int(size or 6)),
     "math": lambda _: MathTask(),
@@ -46,8 +51,8 @@ def get_task(name: str) -> Task:
         near = difflib.get_close_matches(family, TASKS, 3)
         raise UserError(
             f"no task {name!r}",
-            expected="addition3, subtraction3, addsub3, chain4, calculator3, sokoban6, math or "
-            "reasoning_gym:NAME",
+            expected="addition3, subtraction3, addsub3, chain4, hidden3, rule3, shown3, "
+            "told_addition2, calculator3, sokoban6, math or reasoning_gym:NAME",
             fix=f"did you mean {', '.join(near)}?" if near else "take one of these",
         )
     return TASKS[family](rest)

@@ -50,7 +50,8 @@ class ArithmeticTask:
         a, b = rng.randrange(10**self.size), rng.randrange(10**self.size)
         sign = rng.choice(SIGNS[self.kind])
         result = a + b if sign == "+" else a - b
-        return Example(f"{a:>{self.size}}{sign}{b:>{self.size}}=", f"{result}.")
+        meta = {"solution": columns(a, b)} if self.kind == "addition" else {}
+        return Example(f"{a:>{self.size}}{sign}{b:>{self.size}}=", f"{result}.", meta)
 
     def _chain(self, rng: random.Random) -> Example:
         total = rng.randrange(100)
@@ -61,3 +62,13 @@ class ArithmeticTask:
             text += f"{sign}{term:>2}"
             totals.append(str(total))
         return Example(text + "=", ",".join(totals) + ".")
+
+
+def columns(a: int, b: int) -> str:
+    """Addition by columns from the right, carries included: columns(18, 27) is "8+7=15,1+2+1=4"."""
+    parts, carry = [], 0
+    while a or b or not parts:
+        digits = [a % 10, b % 10, *([carry] if carry else [])]
+        parts.append(f"{'+'.join(map(str, digits))}={sum(digits)}")
+        a, b, carry = a // 10, b // 10, sum(digits) // 10
+    return ",".join(parts)

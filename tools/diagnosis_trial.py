@@ -1,0 +1,192 @@
+"""Do the alarms of report/alarms.py see what goes wrong, and only that?
+
+Six failures are provoked and six methods are run as their recipes have them, on seeds that no
+threshold was looked at with; an alarm that a failure should raise is a hit, any alarm of a healthy
+run is false.
+
+python tools/diagnosis_trial.py                   seeds 101 102 -> docs/diagnosis.md, .json
+python tools/diagnosis_trial.py --seeds 50        others, to look at: nothing is written to docs/
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+DOCS = ROOT / "docs"
+UNSEEN = [101, 102]
+
+from megaopd.recipes import FOLDER, merged, method  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run. expected: alarms of which at least one is a hit; none: a healthy run."""
+
+    name: str
+    what: str
+    values: dict[str, Any] = field(default_factory=dict)
+    expected: tuple[str, ...] = ()
+    recipe: str = ""  # of a method, below `values`
+
+
+FAILURES = (
+    Case(
+        "biased top-k",
+        "the plain gradient of reverse KL on the student's top 2",
+        {"objective": {"loss": "rkl", "support": "student_topk", "k": 2, "variant": "unnorm",
+                       "i_know_biased": True}},
+        ("mass_student",),
+    ),
+    Case(
+        "steps too large",
+        "full reverse KL with 100 times the learning rate",
+        {"optim": {"lr": 0.4}},
+        ("distance", "not_finite"),
+    ),
+    Case(
+        "entropy bonus",
+        "full reverse KL and ten times the entropy as a bonus",
+        {"objective": {"entropy_coef": 10.0}},
+        ("entropy_rise",),
+    ),
+    Case(
+        "nothing to learn from",
+        "rewards alone, on an untrained student",
+        {"student": {"path": "{student_init}"}},
+        ("groups",),
+        recipe="grpo",
+    ),
+    Case(
+        "rewards too eagerly",
+        "rewards alone with ten times the learning rate",
+        {"optim": {"lr": 0.02}},
+        ("entropy_collapse", "reward"),
+        recipe="grpo",
+    ),
+    Case(
+        "wrong teacher",
+        "full reverse KL to a model that was never trained",
+        {"teacher": {"path": "{teacher_init}"}},
+        ("reward",),
+    ),
+)  # fmt: skip
+HEALTHY = tuple(
+    Case(name, method(name).about, recipe=name)
+    for name in ("full_rkl", "many_faces", "topk_tail", "gkd", "sft_mix", "grpo")
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=UNSEEN)
+    parser.add_argument("--only", nargs="*", default=[], help="names of cases")
+    parser.add_argument("--work", type=Path, default=Path("runs/diagnosis"))
+    options = parser.parse_args()
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", OMP_NUM_THREADS="1")
+    records = [
+        _run(case, seed, options.work)
+        for seed in options.seeds
+        for case in (*FAILURES, *HEALTHY)
+        if not options.only or case.name in options.only
+    ]
+    for record in records:
+        print(f"{record['seed']} {record['case']}: {record['verdict']} {record['raised']}")
+    if options.seeds == UNSEEN and not options.only:
+        _write(records)
+    return 0
+
+
+def _run(case: Case, seed: int, work: Path) -> dict[str, Any]:
+    """One run, and what its metrics raise."""
+    import tomllib
+
+    from megaopd.report.diagnosis import diagnosis, symptoms
+    from megaopd.report.metrics import read_metrics
+    from megaopd.study.stages import Stages
+
+    shared = tomllib.loads((FOLDER / "tiny.toml").read_text())
+    below = method(case.recipe).values("tiny") if case.recipe else shared
+    name = "".join(c if c.isalnum() else "_" for c in case.name)
+    try:
+        values = merged(below, case.values)
+        summary = Stages(work / f"seed_{seed}", seed).run(name, values)
+    except FloatingPointError as error:  # a run that ends itself says so, too
+        return _record(case, seed, {"not_finite": 0}, [str(error)], {})
+    rows = read_metrics(Path(summary["dir"]))
+    found = {s.name: s.step for s in symptoms(rows)}
+    accuracy = {k: summary.get(f"accuracy_{k}") for k in ("before", "after")}
+    return _record(case, seed, found, diagnosis(rows), accuracy)
+
+
+def _record(
+    case: Case, seed: int, found: dict[str, int], says: list[str], accuracy: dict[str, Any]
+) -> dict[str, Any]:
+    hit = any(name in found for name in case.expected)
+    if case.expected:
+        verdict = "hit" if hit else ("other alarm" if found else "miss")
+    else:
+        verdict = "false alarm" if found else "silent"
+    return {
+        "case": case.name, "seed": seed, "expected": case.expected, "verdict": verdict,
+        "raised": found, "says": says, **accuracy,
+    }  # fmt: skip
+
+
+def _write(records: list[dict[str, Any]]) -> None:
+    (DOCS / "diagnosis.json").write_text(json.dumps({"runs": records}, indent=1) + "\n")
+    about = {case.name: case.what for case in (*FAILURES, *HEALTHY)}
+    verdicts = [r["verdict"] for r in records]
+    failures, healthy = (
+        [r for r in records if bool(r["expected"]) is wanted] for wanted in (True, False)
+    )
+    lines = [
+        "# Live diagnosis",
+        "",
+        "    python tools/diagnosis_trial.py",
+        "",
+        "The alarms of [configuration.md](configuration.md#alarms) on failures that were provoked "
+        "and on methods as",
+        f"their recipes have them, seeds {' and '.join(map(str, UNSEEN))}. Thresholds and expected "
+        "alarms stood before; they had been",
+        "tried on seeds 50 and 51.",
+        "",
+        f"{verdicts.count('hit')} of {len(failures)} failures raised an expected alarm, "
+        f"{verdicts.count('other alarm')} another one, {verdicts.count('miss')} none; "
+        f"{verdicts.count('false alarm')} of {len(healthy)} healthy runs raised any.",
+        "",
+        "| failure | seed | expected | raised (step) | accuracy | |",
+        "|---|---|---|---|---|---|",
+        *(_row(r, about) for r in failures),
+        "",
+        "| healthy | seed | | raised (step) | accuracy | |",
+        "|---|---|---|---|---|---|",
+        *(_row(r, about) for r in healthy),
+        "",
+        f"What `megaopd report` says, seed {UNSEEN[0]}:",
+        "",
+    ]  # fmt: skip
+    for record in failures:
+        if record["seed"] == UNSEEN[0]:
+            lines += [f"**{record['case']}**", "", *(f"- {s}" for s in record["says"]), ""]
+    (DOCS / "diagnosis.md").write_text("\n".join(lines))
+
+
+def _row(record: dict[str, Any], about: dict[str, str]) -> str:
+    raised = ", ".join(f"{name} ({step})" for name, step in record["raised"].items()) or "-"
+    before, after = record.get("before"), record.get("after")
+    accuracy = "" if before is None or after is None else f"{before:.3f} -> {after:.3f}"
+    name = f"{record['case']}: {about[record['case']]}"
+    expected = ", ".join(record["expected"])
+    return (
+        f"| {name} | {record['seed']} | {expected} | {raised} | {accuracy} | {record['verdict']} |"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
