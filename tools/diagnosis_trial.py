@@ -78,7 +78,7 @@ FAILURES = (
 )  # fmt: skip
 HEALTHY = tuple(
     Case(name, method(name).about, recipe=name)
-    for name in ("full_rkl", "many_faces", "topk_tail", "gkd", "sft_mix", "grpo")
+    for name in ("full_rkl", "many_faces", "topk_tail", "gkd", "sft_mix", "vopd")
 )
 
 
@@ -154,7 +154,8 @@ def _write(records: list[dict[str, Any]]) -> None:
         "and on methods as",
         f"their recipes have them, seeds {' and '.join(map(str, UNSEEN))}. Thresholds and expected "
         "alarms stood before; they had been",
-        "tried on seeds 50 and 51.",
+        "tried on seeds 50 and 51, where grpo's recipe, too, raised `reward` once: it halved "
+        "for 40 steps, and came back.",
         "",
         f"{verdicts.count('hit')} of {len(failures)} failures raised an expected alarm, "
         f"{verdicts.count('other alarm')} another one, {verdicts.count('miss')} none; "

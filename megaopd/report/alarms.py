@@ -17,7 +17,7 @@ Metrics = Mapping[str, float]
 # (means of the first steps, of the last ones) -> what is wrong, or "".
 Rule = Callable[[Metrics, Metrics], str]
 
-WINDOW = 10  # steps that a mean is over
+FIRST, LAST = 3, 10  # steps that the means are over: before much has happened, and now
 ERRORS = 2.0  # standard errors of a difference that are taken off it
 # What says how far student and teacher are apart, in order of preference.
 DISTANCES = ("kl", "bucket_kl", "log_ratio")
@@ -29,7 +29,8 @@ LEAST_ENTROPY = 0.05  # nats
 MOST_REPETITION = 0.3
 ENTROPY_RISE = 2.0  # times the first
 LENGTH_RISE = 1.5  # times the first
-REWARD_FALL = 0.1
+REWARD_FALL = 0.1  # or, where that is less,
+REWARD_SHARE = 0.3  # of the first
 DISTANCE_RISE = 1.25  # times the first, and
 LEAST_RISE = 0.05  # nats more
 LEAST_MIXED = 0.05  # groups of a prompt whose rewards differ
@@ -117,7 +118,8 @@ def _reward(first: Metrics, now: Metrics) -> str:
     """Worse than at the beginning: a good spell that ends is no failure."""
     if "reward" not in first or "reward" not in now:
         return ""
-    if first["reward"] - now["reward"] <= REWARD_FALL:
+    most = min(REWARD_FALL, max(REWARD_SHARE * first["reward"], 0.03))
+    if first["reward"] - now["reward"] <= most:
         return ""
     text = f"the reward fell from {first['reward']:.2f} to {now['reward']:.2f}"
     far, was = distance(now), distance(first)
@@ -229,7 +231,7 @@ class Watch:
 
     raised: set[str] = field(default_factory=set)
     _first: list[Metrics] = field(default_factory=list)
-    _last: deque[Metrics] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    _last: deque[Metrics] = field(default_factory=lambda: deque(maxlen=LAST))
     _steps: int = 0
 
     def see(self, metrics: Mapping[str, Any]) -> dict[str, str]:
@@ -237,9 +239,9 @@ class Watch:
         values = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
         self._steps += 1
         self._last.append(values)
-        if len(self._first) < WINDOW:
+        if len(self._first) < FIRST:
             self._first.append(values)
-        ready = self._steps >= 2 * WINDOW  # before, the two windows overlap
+        ready = self._steps >= FIRST + LAST  # before, the two windows overlap
         wanted = {n for n, a in ALARMS.items() if (ready or a.at_once) and n not in self.raised}
         said = judged(self._first, self._last, wanted)
         self.raised |= said.keys()
@@ -264,9 +266,13 @@ def judged(
 
 
 def _error(first: Sequence[Metrics], last: Sequence[Metrics], name: str) -> float:
-    """The standard error of the difference of a metric's two means, steps as independent draws."""
-    columns = ([row[name] for row in rows if name in row] for rows in (first, last))
-    return sum(variance(v) / len(v) for v in columns if len(v) > 1) ** 0.5
+    """The standard error of the difference of a metric's two means: steps as independent draws with
+    the variance of the last ones (what went wrong within the first ones is no noise)."""
+    values = [row[name] for row in last if name in row]
+    count = sum(name in row for row in first)
+    if len(values) < 2 or not count:
+        return 0.0
+    return (variance(values) * (1 / count + 1 / len(values))) ** 0.5
 
 
 def _towards(start: float, now: float, error: float) -> float:

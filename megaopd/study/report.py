@@ -58,13 +58,11 @@ def write(root: Path, seeds: Sequence[int], *, seconds: float | None = None) -> 
     lines.append(f"| {many_faces.PREFIX_FINDING} | {verdict} | {evidence} |")
     verdict, evidence = many_faces.noise_verdict(noise), _noise_evidence(noise)
     lines.append(f"| {many_faces.NOISE_FINDING} | {verdict} | {evidence} |")
+    lines += ["", "## Cases", ""]
     lines += [
-        "",
-        "## Cases",
-        "",
-        "Exact KL: to the teacher, over the whole vocabulary. Mass: of the ",
+        "Exact KL: to the teacher, over the whole vocabulary. Mass: of the student on its list."
     ]
-    lines[-1] += "student on its list, at the end.", ""
+    lines += [""]
     for question, title in QUESTIONS.items():
         lines += [f"### {title}", "", "| case | accuracy | gain | exact KL | entropy | mass |"]
         lines += ["|---|---|---|---|---|---|"]

@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ def command(root: Path, seeds: Sequence[int], workers: int, only: Sequence[int])
     wanted = [(root, seed, sorted(_stages_of(jobs, seed))) for seed in seeds]
     # Fresh interpreters, each of which imports once. First what cases share, so that no two make
     # the same stage.
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
         failed = _all(pool, _make_stages, wanted, "stages, by seed")
         failed += _all(pool, _run_job, jobs, "cases")
     seconds = time.monotonic() - begun
@@ -65,14 +68,23 @@ def _stages_of(jobs: Sequence[Job], seed: int) -> set[str]:
     return found
 
 
-def _all(pool: Any, work: Any, jobs: Sequence[Any], what: str) -> list[str]:
+def _all(pool: ProcessPoolExecutor, work: Any, jobs: Sequence[Any], what: str) -> list[str]:
     """Run the jobs, with a bar; what failed."""
     failed = []
     with progress(what, len(jobs), enabled=len(jobs) > 0) as advance:
-        for texts in pool.imap_unordered(work, jobs):
-            failed += texts
+        for done in as_completed([pool.submit(work, job) for job in jobs]):
+            failed += done.result()
             advance(1)
     return failed
+
+
+@contextmanager
+def _output_in(root: Path, seed: int, name: str) -> Iterator[None]:
+    """What a worker prints goes to a file: the console has the bar."""
+    path = (root / "logs" / _figures_file(root, seed, name).name).with_suffix(".log")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file, redirect_stdout(file), redirect_stderr(file):
+        yield
 
 
 def _stages(root: Path, seed: int) -> Stages:
@@ -85,10 +97,10 @@ def _make_stages(job: tuple[Path, int, list[str]]) -> list[str]:
     stages, failed = _stages(root, seed), []
     for name in names:
         try:
-            stages.make(name)
+            with _output_in(root, seed, name):
+                stages.make(name)
         except Exception as error:  # the cases that need it will fail, and others will not
-            traceback.print_exc()
-            failed.append(f"seed {seed}, stage {name}: {type(error).__name__}: {error}")
+            failed.append(_told(root, seed, name, error))
     return failed
 
 
@@ -97,17 +109,24 @@ def _run_job(job: Job) -> list[str]:
     root, seed, name = job
     stages = _stages(root, seed)
     try:
-        if name in EXTRAS:
-            out = _figures_file(root, seed, name)
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(EXTRAS[name][2](stages)))
-        else:
-            case = next(case for case in many_faces.CASES if case.name == name)
-            _run_case(stages, root, seed, case)
+        with _output_in(root, seed, name):
+            if name in EXTRAS:
+                out = _figures_file(root, seed, name)
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(EXTRAS[name][2](stages)))
+            else:
+                case = next(case for case in many_faces.CASES if case.name == name)
+                _run_case(stages, root, seed, case)
     except Exception as error:  # one case's fault is a line of the report
-        traceback.print_exc()
-        return [f"seed {seed}, {name}: {type(error).__name__}: {error}"]
+        return [_told(root, seed, name, error)]
     return []
+
+
+def _told(root: Path, seed: int, name: str, error: Exception) -> str:
+    """One line; the traceback goes to the log."""
+    with _output_in(root, seed, name):
+        traceback.print_exception(error)
+    return f"seed {seed}, {name}: {type(error).__name__}: {error}"
 
 
 def _figures_file(root: Path, seed: int, name: str) -> Path:
