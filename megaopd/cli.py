@@ -171,12 +171,11 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    from megaopd.config import read_toml
-    from megaopd.schema import make_config, sampling_values
+    from megaopd.schema import make_config, read_run, sampling_values
 
     if arguments.prompts < 1:
         raise UserError(f"--prompts {arguments.prompts}", expected="at least 1")
-    values = sampling_values(read_toml(arguments.config) if arguments.config else {})
+    values = sampling_values(read_run(arguments.config) if arguments.config else {})
     config = make_config(values, arguments.overrides)
 
     def work() -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megaopd import extend
 from megaopd.config import build, read_toml
 from megaopd.errors import UserError
 
@@ -74,7 +75,7 @@ def method(name: str) -> Method:
             expected="one of " + ", ".join(methods()) + ", or the path of a .toml file",
         )
     path = Path(name) if own else FOLDER / "methods" / f"{name}.toml"
-    sections = read_toml(path)
+    sections = extend.placed(read_toml(path), path.parent)
     about = build(_Head, {"recipe": sections.get("recipe", {})}).recipe
     return Method(name=path.stem, sections=sections, **vars(about))
 
