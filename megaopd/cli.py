@@ -111,12 +111,19 @@ def _parser() -> argparse.ArgumentParser:
         one.set_defaults(command=_convert, way=way)
 
     recipe = commands.add_parser("recipe", help="a method on a laptop; --list has them all")
-    recipe.add_argument("name", nargs="?", default="")
+    recipe.add_argument("name", nargs="?", default="", help="of a method, or a .toml file's path")
     recipe.add_argument("--list", dest="all", action="store_true", help="every method in a line")
     recipe.add_argument("--variant", choices=("tiny", "full"), default="tiny")
     recipe.add_argument("--show", action="store_true", help="print the TOML and run nothing")
     recipe.add_argument("--dir", type=Path, default=Path("runs/recipes"))
     recipe.add_argument("--seed", type=int, default=0)
+    recipe.add_argument(
+        "--stages",
+        action="append",
+        default=[],
+        metavar="section.key=value",
+        help="an override of every stage before it that trains or samples",
+    )
     recipe.add_argument("overrides", nargs="*", metavar="section.key=value")
     recipe.set_defaults(command=_recipe)
 
@@ -164,12 +171,11 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    from megaopd.config import read_toml
-    from megaopd.schema import make_config, sampling_values
+    from megaopd.schema import make_config, read_run, sampling_values
 
     if arguments.prompts < 1:
         raise UserError(f"--prompts {arguments.prompts}", expected="at least 1")
-    values = sampling_values(read_toml(arguments.config) if arguments.config else {})
+    values = sampling_values(read_run(arguments.config) if arguments.config else {})
     config = make_config(values, arguments.overrides)
 
     def work() -> int:
@@ -267,7 +273,7 @@ def _recipe(arguments: argparse.Namespace) -> int:
         raise UserError("no method", expected="its name", fix="megaopd recipe --list")
     return methods.command(
         arguments.name, arguments.variant, arguments.dir, arguments.seed, arguments.overrides,
-        show=arguments.show,
+        stages=arguments.stages, show=arguments.show,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What the loop of run.py is made of: built once, checked before anything is trained."""
+"""What the loop of run.py is made of: its verbs. build.py puts it together."""
 
 import json
 import sys
@@ -6,35 +6,30 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from megaopd import config as config_io
-from megaopd import faults, stop, watchdog
+from megaopd import extend, faults, stop, watchdog
 from megaopd.data.prompts import PromptStream
 from megaopd.data.types import Prompt, Sample
-from megaopd.errors import UserError
 from megaopd.inputs import (
     check_run_dir,
-    checked_models,
-    eos_ids,
     example,
-    held_out,
     pad_id,
-    reference_model,
     response_text,
     reward_of,
 )
 from megaopd.mixing import Mixture
-from megaopd.models.arch import padded_vocab
-from megaopd.objectives.weights import weigh
-from megaopd.parallel import Grid, make_grid
+from megaopd.objectives.weights import completed, weigh
+from megaopd.parallel import Grid
 from megaopd.report.alarms import ALARMS, Watch
 from megaopd.report.metrics import MetricLogger, read_metrics
 from megaopd.report.samples import save_samples
 from megaopd.rollout.episode import episode_metrics, sample_metrics
-from megaopd.sampler import Sampler, make_sampler
+from megaopd.sampler import Sampler
 from megaopd.schema import Config
 from megaopd.trainer.batch import (
     MicroBatch,
@@ -46,11 +41,8 @@ from megaopd.trainer.batch import (
 from megaopd.trainer.checkpoint import Checkpoints
 from megaopd.trainer.remote_teacher import RemoteTeacher
 from megaopd.trainer.student import Student
-from megaopd.trainer.teacher import Teacher
 from megaopd.trainer.teachers.base import BaseTeacher
-from megaopd.trainer.teachers.build import make_router, make_teacher
 from megaopd.trainer.teachers.routed import Router, routed_micro_batches
-from megaopd.worlds import Bridge
 
 MISMATCH = ("rollout_log_prob_diff", "rollout_k3", "rollout_ess")
 COLUMNS = ("reward", "grad_norm", "response_length", "tokens_per_s")
@@ -59,78 +51,6 @@ EVALUATED = (
     "kl", "distill", "log_ratio", "bucket_kl", "mass_student", "entropy", "teacher_entropy",
     "rollout_k3",
 )  # fmt: skip
-
-
-def build_parts(config: Config, *, training: bool = True, bridge: Bridge | None = None) -> "Parts":
-    """Read, check and build everything that a run needs; a collective.
-
-    Args:
-        bridge: to the teacher's own ranks (`teacher_ranks`).
-        training: open the run directory and resume; otherwise the student is only evaluated.
-
-    Raises:
-        UserError: any input that does not fit, before weights are loaded.
-    """
-    tokenizer, arch, frozen = checked_models(config)
-    base = reference_model(config, tokenizer)
-    archs = [arch, *(a for _, a in frozen.values()), *([base] if base is not None else [])]
-    prompts = PromptStream(config.data, tokenizer)
-    if config.teacher.kind == "previous_epoch" and not prompts.size:
-        raise UserError(
-            f"teacher.kind = previous_epoch with the endless prompts of {config.data.source}",
-            expected="prompts that come again",
-            fix="set data.num_prompts, or teacher.kind=periodic",
-        )
-    grid = make_grid(config.parallel, seed=config.run.seed + 1234)
-    vocab = min(a.vocab for a in archs)
-    rows = max(padded_vocab(a.vocab, grid.tp_size, config.student.vocab_multiple) for a in archs)
-    student = Student(
-        config.student,
-        arch,
-        grid,
-        config.objective,
-        config.optim if training else None,
-        total_steps=config.run.steps,
-        vocab=vocab,
-        vocab_rows=rows,
-        lora=config.lora,
-    )
-    teacher = make_teacher(
-        config.teacher, config.teacher_parallel, frozen, grid, student, config.student, bridge
-    )
-    reference = None
-    if base is not None:
-        reference = Teacher(
-            config.reference,
-            base,
-            grid,
-            offload=config.reference.offload,
-            vocab_rows=student.vocab_rows,
-        )
-    remote = None
-    if config.remote_teacher.addresses:
-        remote = RemoteTeacher(config.remote_teacher, config.objective, grid, tokenizer=tokenizer)
-    parts = Parts(
-        config=config,
-        grid=grid,
-        tokenizer=tokenizer,
-        eos_ids=eos_ids(config, tokenizer),
-        prompts=prompts,
-        student=student,
-        teacher=teacher,
-        reference=reference,
-        router=make_router(config.teachers),
-        remote=remote,
-        sampler=make_sampler(
-            config, grid, tokenizer, prompts, student, teacher, remote, training=training
-        ),
-        training=training,
-        held_out=held_out(config, tokenizer),
-        mixture=Mixture(config, tokenizer, vocab, training=training),
-    )
-    if training:
-        parts.start()
-    return parts
 
 
 @dataclass
@@ -229,6 +149,17 @@ class Parts:
         with self.timed("verify"):
             return [replace(s, reward=reward_of(s, self.tokenizer, self.eos_ids)) for s in samples]
 
+    @cached_property
+    def hooks(self) -> extend.Hooks:
+        """What run.plugins has the loop call."""
+        return extend.hooks_of(self.config.run.plugins)
+
+    def hooked(self, point: str, samples: Sequence[Sample], step: int) -> list[Sample]:
+        """The samples as the hooks of that point leave them."""
+        for function in self.hooks[point]:
+            samples = function(samples, step)
+        return list(samples)
+
     def text(self, sample: Sample) -> str:
         return response_text(sample, self.tokenizer, self.eos_ids)
 
@@ -271,6 +202,9 @@ class Parts:
         if self.config.on_policy:
             samples = self.mixture(samples, step)
         samples, told = weigh(samples, self.config.objective)
+        samples = completed(self.hooked("weighed", samples, step))
+        for function in self.hooks["metrics"]:
+            told |= function(samples, step)
         micro_batches = self.micro_batches(samples)
         with self.timed("update"):
             metrics = told | self.student.update(

@@ -1,6 +1,6 @@
 """The loop: sync weights -> sample -> verify -> score -> update -> log -> checkpoint.
 
-Every rank runs it; `parts` builds what the loop uses. Supervised fine-tuning is the same loop with
+Every rank runs it; `build` makes what the loop uses. Supervised fine-tuning is the same loop with
 the data's answers in place of the student's samples.
 """
 
@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from megaopd import evaluation, faults, sampling, watchdog
+from megaopd.build import build_parts
 from megaopd.errors import RunStopped
 from megaopd.launch import restart_count
-from megaopd.parts import Parts, build_parts
+from megaopd.parts import Parts
 from megaopd.report.progress import progress
 from megaopd.schema import Config
 from megaopd.teacher_ranks import make_watchdog, serve_teachers, teacher_ranks
@@ -59,7 +60,7 @@ def one_step(parts: Parts, step: int) -> None:
     if parts.config.on_policy:
         parts.sync_weights(version=step)
         samples = parts.sample(step)
-        samples = parts.verify(samples)
+        samples = parts.hooked("verified", parts.verify(samples), step)
     else:
         samples = parts.examples(step)
     metrics = parts.update(samples, step)  # the teacher scores inside, before the student

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from megaopd import extend
+from megaopd.checks import check_mix, check_reference
 from megaopd.config import apply_overrides, build, read_toml
 from megaopd.data.config import DataConfig, MixConfig
 from megaopd.errors import UserError
@@ -44,6 +46,9 @@ class RunConfig:
     # A run in which no rank moves for so long ends, and says which rank holds it up; 0: never. At
     # most 0.8 x parallel.timeout_minutes, after which a collective would end it without a name.
     stall_minutes: float = 20.0
+    # Files of one's own with losses, tasks and hooks (extend.py); relative to the file that names
+    # them, in an override to the working directory. They are executed.
+    plugins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.stall_minutes < 0:
@@ -133,8 +138,8 @@ class Config:
                 expected="0: taking turns puts the whole state on the host while servers sample",
                 fix="set optim.cpu_offload=0.0, or server.placement=separate",
             )
-        self._check_reference()
-        self._check_mix()
+        check_reference(self)
+        check_mix(self)
         # Every engine reports the law that it samples from; the data's answers have none.
         if self.remote_teacher.addresses:
             check_remote(self.objective, log_probs=self.on_policy, top_ids=self.top_ids)
@@ -163,71 +168,6 @@ class Config:
             raise UserError(
                 f"optim.warmup_steps = {self.optim.warmup_steps} of {self.run.steps} run.steps",
                 expected="a warm-up that ends within the run",
-            )
-
-    def _check_reference(self) -> None:
-        """A base model exactly where a target mixes one with the teacher."""
-        wanted = self.objective.target in ("geometric", "linear")
-        if wanted and (not self.reference.path or self.remote_teacher.addresses):
-            raise UserError(
-                f"objective.target = {self.objective.target} "
-                + (
-                    "with a teacher on servers" if self.reference.path else "without reference.path"
-                ),
-                expected="the whole law of the teacher and of a base model, beside the student",
-                fix="set reference.path and teacher.path, or objective.target=teacher",
-            )
-        if self.reference.path and not wanted:
-            raise UserError(
-                f"reference.path = {self.reference.path} with objective.target = "
-                f"{self.objective.target}",
-                expected="no reference: it would be ignored",
-                fix="set objective.target=geometric, or remove [reference]",
-            )
-
-    def _check_mix(self) -> None:
-        """Samples that a term looks at, and a term whose samples are there."""
-        o, mix = self.objective, self.mix
-        given = mix.source or mix.student_share < 1
-        if o.loss == "sft":
-            if given and (mix.source in ("", "answers") or mix.kind != "sft"):
-                raise UserError(
-                    f"mix.source = {mix.source!r}, mix.kind = {mix.kind} with objective.loss = sft",
-                    expected="a file of `megaopd sample` to train on, or no [mix]",
-                    fix="remove [mix]: the data's answers are trained on without it",
-                )
-            return
-        if given and o.tis != "off":
-            raise UserError(
-                f"[mix] with objective.tis = {o.tis}",
-                expected="tis = off: samples of others have no log-probs of the student's engine",
-                fix="set objective.tis=off",
-            )
-        if mix.student_share < 1 and not o.is_divergence:
-            raise UserError(
-                f"mix.student_share = {mix.student_share} with objective.loss = {o.loss}",
-                expected="a divergence: an estimator needs the student's own samples",
-                fix="set objective.loss=jsd, or mix.student_share=1",
-            )
-        if mix.source and mix.kind == "sft" and not o.sft_coef:
-            raise UserError(
-                f"mix.source = {mix.source} with objective.sft_coef = 0",
-                expected="a term that looks at them",
-                fix="set objective.sft_coef=1.0",
-            )
-        if mix.source not in ("", "answers") and not mix.per_step:
-            raise UserError(
-                f"mix.source = {mix.source} without mix.per_step",
-                expected="how many of its responses join a step",
-                fix="set mix.per_step=16",
-            )
-        if bool(o.replay) != (bool(mix.source) and mix.kind == "replay"):
-            raise UserError(
-                f"objective.replay = {o.replay!r} with mix.source = {mix.source!r}, mix.kind = "
-                f"{mix.kind}",
-                expected="both a term for replayed samples and such samples, or neither",
-                fix="set objective.replay=dph_forward, mix.kind=replay and mix.source to a file of "
-                "`megaopd sample` by the teacher",
             )
 
     def _check_teacher_model(self) -> None:
@@ -385,7 +325,12 @@ class Config:
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """A Config from a TOML file (or from defaults) and `section.key=value` overrides."""
-    return make_config(read_toml(path) if path else {}, overrides)
+    return make_config(read_run(path) if path else {}, overrides)
+
+
+def read_run(path: str | Path) -> dict[str, Any]:
+    """The values of a run's TOML file."""
+    return extend.placed(read_toml(path), Path(path).parent)
 
 
 def make_config(values: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
@@ -396,7 +341,10 @@ def make_config(values: dict[str, Any], overrides: Sequence[str] = ()) -> Config
     named = apply_overrides({}, overrides).get("objective")
     if isinstance(named, dict) and "preset" in named:
         values["objective"] = {}
-    values = apply_overrides(values, overrides)
+    values = extend.placed(apply_overrides(values, overrides), Path())
+    plugins = values.get("run", {}).get("plugins", [])
+    if isinstance(plugins, list):  # else the type check says so
+        extend.load(plugins)
     if isinstance(values.get("objective"), dict):
         values["objective"] = with_preset(values["objective"])
     return build(Config, values)

@@ -85,8 +85,8 @@ class Simulation:
 
 def build(root: Path, arguments: argparse.Namespace) -> Any:
     """The parts of a run with staleness 1."""
+    from megaopd.build import build_parts
     from megaopd.parallel import init_distributed
-    from megaopd.parts import build_parts
     from megaopd.quickstart import make_checkpoint
     from megaopd.schema import make_config
 

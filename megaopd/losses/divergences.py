@@ -7,7 +7,7 @@ g_v = dD/dp_v taken as if the p_v were free, and G_v = p_v g_v,
 
 so a kind is two elementwise functions of x = log p, y = log q: the term p f(r) and G. The same
 pair serves the whole vocabulary, a shard of it, a list of top-k tokens, and K+1 buckets. Adding a
-kind is adding an entry to KINDS.
+kind is adding an entry to KINDS; outside of this package, docs/extending.md.
 
 G is exact, not up to a multiple of p: a truncated sum is not invariant to such a multiple.
 
@@ -140,3 +140,5 @@ KINDS: dict[str, Kind] = {
     "softened_rkl": Kind(_softened_rkl),
     "alpha": Kind(_alpha, "alpha", 0.2),
 }
+# What the kernels know by the same formulas; kinds that are added take the plain passes.
+FUSED = frozenset(KINDS)

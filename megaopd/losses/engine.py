@@ -156,8 +156,8 @@ def make_engine(
 
 def _inline(plans: Sequence[Plan], like: Tensor) -> bool:
     """One pass over logits that no target mixes: nothing but the kernels needs them scaled."""
-    ops = native(like)
     plan = plans[0]
+    ops = native(like) if plan.fused else None
     plain = len(plans) == 1 and plan.target.kind == "teacher"
     tempered_pld = plan.temperature != 1.0 and is_pld(plan.terms[0])
     return getattr(ops, "SCALES", False) and plain and not tempered_pld

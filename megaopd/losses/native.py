@@ -24,7 +24,7 @@ def make_blocks(
     plan: Plan, s: Tensor, t: Tensor | None, want_grad: bool, head_max: Sequence[Tensor] | None
 ) -> "Blocks | NativeBlocks":
     """The fastest backend for these buffers."""
-    ops = native(s)
+    ops = native(s) if plan.fused else None
     if ops is not None:
         return NativeBlocks(ops, plan, s, t, want_grad)
     program = plan.program if want_grad else "none"

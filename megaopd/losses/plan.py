@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from megaopd.errors import UserError
+from megaopd.losses.divergences import FUSED, KINDS
 from megaopd.losses.remote import Known, check_known
 from megaopd.losses.terms import (
     CrossEntropy,
@@ -89,6 +90,11 @@ class Plan:
     def full(self) -> list[Divergence]:
         """Divergences over the whole vocabulary."""
         return [t for t in self.terms if isinstance(t, Divergence) and t.support == "full"]
+
+    @property
+    def fused(self) -> bool:
+        """Whether the kernels know all kinds of it."""
+        return not any(t.kind in KINDS and t.kind not in FUSED for t in self.full)
 
     @property
     def program(self) -> str:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megaopd.errors import UserError
-from megaopd.losses.divergences import KINDS
+from megaopd.losses.divergences import KINDS, Kind
 
 SUPPORTS = ("full", "student_topk", "teacher_topk", "intersection")
 # pld and kl_top are losses on the teacher's list; bdkd weighs rkl and fkl token by token.
-DIVERGENCES = (*KINDS, "bdkd", "pld", "kl_top")
+DIVERGENCES = [*KINDS, "bdkd", "pld", "kl_top"]
 # variant -> what a truncated divergence does about the tokens outside its support S
 VARIANTS = {
     "tail": "one more bucket holds the mass outside S: the K+1-bucket divergence",
@@ -48,6 +48,16 @@ VALID: dict[tuple[str, str], tuple[str, ...]] = {
 } | {("pld", "teacher_topk"): ("none",), ("kl_top", "teacher_topk"): ("renorm", "tail")}
 
 DEFAULT_K = {"pld": 64, "kl_top": 1000}
+
+
+def add_kind(name: str, kind: Kind) -> None:
+    """A divergence beside those of this package, with the supports and variants of an f-divergence.
+
+    No kernel knows it: it is computed by the plain passes of blocks.py.
+    """
+    KINDS[name] = kind
+    DIVERGENCES.append(name)
+    VALID.update({(name, s): names for s in SUPPORTS if (names := _variants(name, s))})
 
 
 @dataclass(frozen=True, kw_only=True)

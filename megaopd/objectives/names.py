@@ -4,14 +4,15 @@ What the losses do is in losses/terms.py, divergences.py and sampled.py. Here is
 configuration has to be checked against before torch is imported.
 """
 
-DIVERGENCES = (
+# Lists, so that plugins (extend.py) can add their own.
+DIVERGENCES = [
     "rkl", "fkl", "jsd", "skew_fkl", "skew_rkl", "tv", "hellinger", "jeffreys", "chi2",
     "softened_rkl", "alpha", "bdkd", "pld", "kl_top",
-)  # fmt: skip
+]  # fmt: skip
 # Estimators on the sampled token that need no rewards.
-ESTIMATORS = ("k1_reward", "k2", "k3", "k3pp", "k5", "pg", "vopd", "f_pg")
+ESTIMATORS = ["k1_reward", "k2", "k3", "k3pp", "k5", "pg", "vopd", "f_pg"]
 # rapo: forward KL from a reference that is tempered where the reward is low. none: only `rl`.
-LOSSES = (*DIVERGENCES, *ESTIMATORS, "rapo", "sft", "none")
+LOSSES = [*DIVERGENCES, *ESTIMATORS, "rapo", "sft", "none"]
 
 SUPPORTS = ("full", "student_topk", "teacher_topk", "intersection")
 VARIANTS = ("tail", "sg", "renorm", "unnorm", "intersect", "sampled_tail")
@@ -28,8 +29,8 @@ DEFAULT_BASELINE, DEFAULT_BASELINE_K = "topk", 100
 # The field that a divergence's one number is in; bdkd's depends on its variant.
 PARAMETER = {"jsd": "beta", "skew_fkl": "alpha", "skew_rkl": "alpha", "alpha": "alpha"}
 # Which estimators take which numbers.
-CLIPPED = ("pg", "vopd")
-CAPPED = ("k2", "k3pp", "f_pg")
+CLIPPED = ["pg", "vopd"]
+CAPPED = ["k2", "k3pp", "f_pg"]
 
 # Names that one may expect as objective.loss: why they are not, and what to take instead.
 REFUSED: dict[str, tuple[str, str]] = {

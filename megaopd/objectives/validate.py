@@ -12,7 +12,7 @@ Checked elsewhere: 11 token ids are never made again from text (data/types.Sampl
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -162,25 +162,25 @@ def _check_numbers(o: "ObjectiveConfig") -> None:
             raise UserError(f"objective.{name} = {value}", expected="0 or more, and finite")
 
 
-def _takes(*losses: str) -> Callable[["ObjectiveConfig"], bool]:
-    return lambda o: o.loss in losses
+def _takes(losses: Sequence[str]) -> Callable[["ObjectiveConfig"], bool]:
+    return lambda o: o.loss in losses  # when it is asked: plugins add to the lists
 
 
 # field -> (which losses take it, in words). Where another one sets it, it would be ignored.
 _USERS: dict[str, tuple[Callable[["ObjectiveConfig"], bool], str]] = {
-    "support": (_takes(*DIVERGENCES), "a divergence"),
-    "k": (_takes(*DIVERGENCES), "a divergence"),
-    "variant": (_takes(*DIVERGENCES), "a divergence"),
-    "target": (_takes(*DIVERGENCES), "a divergence"),
+    "support": (_takes(DIVERGENCES), "a divergence"),
+    "k": (_takes(DIVERGENCES), "a divergence"),
+    "variant": (_takes(DIVERGENCES), "a divergence"),
+    "target": (_takes(DIVERGENCES), "a divergence"),
     "target_weight": (lambda o: o.target != "teacher", "a target other than 'teacher'"),
     "alpha": (lambda o: _parameter(o) == "alpha", "skew_fkl, skew_rkl, alpha and bdkd hard"),
     "beta": (lambda o: _parameter(o) == "beta", "jsd and bdkd soft"),
-    "f_kind": (_takes("f_pg"), "f_pg"),
-    "baseline": (_takes("vopd"), "vopd"),
+    "f_kind": (_takes(["f_pg"]), "f_pg"),
+    "baseline": (_takes(["vopd"]), "vopd"),
     "baseline_k": (lambda o: o.resolved_baseline_k > 0, "vopd's baselines topk and unnorm"),
-    "clip_low": (_takes(*CLIPPED), " and ".join(CLIPPED)),
-    "clip_high": (_takes(*CLIPPED), " and ".join(CLIPPED)),
-    "cap": (_takes(*CAPPED), ", ".join(CAPPED)),
+    "clip_low": (_takes(CLIPPED), " and ".join(CLIPPED)),
+    "clip_high": (_takes(CLIPPED), " and ".join(CLIPPED)),
+    "cap": (_takes(CAPPED), ", ".join(CAPPED)),
     "coef": (lambda o: o.distils, "a loss that compares with a teacher"),
     "coef_steps": (lambda o: o.distils, "a loss that compares with a teacher"),
     "coef_end": (lambda o: o.coef_steps > 0, "objective.coef_steps, the length of its way"),
@@ -188,7 +188,7 @@ _USERS: dict[str, tuple[Callable[["ObjectiveConfig"], bool], str]] = {
     "second_from": (lambda o: bool(o.second_loss), "objective.second_loss"),
     "only": (lambda o: o.distils, "a loss that compares with a teacher"),
     "weigh": (lambda o: o.distils, "a loss that compares with a teacher"),
-    "low_power": (_takes("rapo"), "rapo"),
+    "low_power": (_takes(["rapo"]), "rapo"),
     "rl_coef": (lambda o: bool(o.rl), "objective.rl"),
     "advantage": (lambda o: bool(o.rl), "objective.rl"),
     "rl_clip_low": (lambda o: bool(o.rl), "objective.rl"),

@@ -51,6 +51,30 @@ def weigh(
     return found, _metrics(found, groups, o)
 
 
+def scaled(sample: Sample, factor: float, *terms: str) -> Sample:
+    """The sample with its weight in these terms (none named: in all that see it) times `factor`.
+
+    Its tokens stay in the terms' denominators.
+    """
+    before = _weights_of(sample)
+    chosen = terms or tuple(before)
+    weights = {name: w * factor if name in chosen else w for name, w in before.items()}
+    return replace(sample, weights=weights)
+
+
+def completed(samples: Sequence[Sample]) -> list[Sample]:
+    """With weights for all where some have them: a sample without is in no term otherwise."""
+    if all(s.weights is None for s in samples):
+        return list(samples)
+    return [replace(s, weights=_weights_of(s)) for s in samples]
+
+
+def _weights_of(sample: Sample) -> Mapping[str, float]:
+    if sample.weights is not None:
+        return sample.weights
+    return dict.fromkeys(ROLLOUT_TERMS if sample.kind == "rollout" else (sample.kind,), 1.0)
+
+
 def _weigh_distillation(
     weights: dict[str, float], o: ObjectiveConfig, reward: float, group: list[float], factor: float
 ) -> None:

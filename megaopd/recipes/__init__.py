@@ -1,17 +1,20 @@
 """Whole runs as TOML files, and where to find them.
 
+A method may also be a file of one's own, named by its path.
+
 quickstart/ and h100/ are runs. methods/ has a file for each method, which goes on top of what all
 methods share: tiny.toml on a laptop, full.toml on H100s. stages/ are what comes before a tiny run;
 a string of a method or stage that holds "{NAME}" stands for what stage NAME makes.
 """
 
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megaopd import extend
+from megaopd.config import build, read_toml
 from megaopd.errors import UserError
 
 FOLDER = Path(__file__).parent
@@ -24,25 +27,34 @@ def recipe(name: str) -> Path:
     return FOLDER / f"{name}.toml"
 
 
-@dataclass(frozen=True)
-class Method:
-    """A method's recipe: what it is for, how it is judged, and its values by section."""
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """The [recipe] of a method: what it is for and how it is judged."""
+
+    about: str
+    paper: str = ""
+    when: str = ""
+    cost: str = ""
+    metric: str = "accuracy"  # of an evaluation, named before it is run
+    direction: Literal["up", "down", "none"] = "none"  # where the metric is expected to go
+    baseline: str = "student"  # another method, or "student": the model before
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(About):
+    """A method's recipe, with its values by section."""
 
     name: str
-    about: str
-    paper: str
-    when: str
-    cost: str
-    metric: str  # of an evaluation, named before it is run
-    direction: Literal["up", "down", "none"]  # where the metric is expected to go
-    baseline: str  # another method, or "student": the model before
     sections: Mapping[str, Any]
 
     def values(self, variant: Variant) -> dict[str, Any]:
         """A run's TOML values: the shared ones, the method's, and those of the variant."""
-        shared = tomllib.loads((FOLDER / f"{variant}.toml").read_text())
+        shared = read_toml(FOLDER / f"{variant}.toml")
         own = {k: v for k, v in self.sections.items() if k not in ("recipe", "tiny", "full")}
-        return merged(merged(shared, own), self.sections.get(variant, {}))
+        own = merged(own, self.sections.get(variant, {}))
+        if own.get("teacher", {}).get("path") == "":  # no checkpoint, nor settings of one
+            shared.pop("teacher")
+        return merged(shared, own)
 
 
 def methods() -> list[str]:
@@ -51,11 +63,26 @@ def methods() -> list[str]:
 
 
 def method(name: str) -> Method:
-    """The recipe of a method. UserError for a name that has none."""
-    if name not in methods():
-        raise UserError(f"no recipe {name!r}", expected="one of " + ", ".join(methods()))
-    sections = tomllib.loads((FOLDER / "methods" / f"{name}.toml").read_text())
-    return Method(name, **sections["recipe"], sections=sections)
+    """The recipe of a method: by its name, or of a file of one's own by a path that ends in .toml.
+
+    Raises:
+        UserError: no such method or file, or a [recipe] that does not say what it has to.
+    """
+    own = name.endswith(".toml")
+    if not own and name not in methods():
+        raise UserError(
+            f"no recipe {name!r}",
+            expected="one of " + ", ".join(methods()) + ", or the path of a .toml file",
+        )
+    path = Path(name) if own else FOLDER / "methods" / f"{name}.toml"
+    sections = extend.placed(read_toml(path), path.parent)
+    about = build(_Head, {"recipe": sections.get("recipe", {})}).recipe
+    return Method(name=path.stem, sections=sections, **vars(about))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Head:
+    recipe: About
 
 
 def stage_values(name: str) -> dict[str, Any]:
@@ -63,7 +90,7 @@ def stage_values(name: str) -> dict[str, Any]:
     path = FOLDER / "stages" / f"{name}.toml"
     if not path.is_file():
         raise UserError(f"no stage {name!r}", expected=f"a file {path.name} in {path.parent}")
-    return tomllib.loads(path.read_text())
+    return read_toml(path)
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

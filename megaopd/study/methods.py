@@ -1,5 +1,6 @@
 """`megaopd recipe`: a method's recipe on a laptop, judged by the metric that it names."""
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,20 +10,34 @@ import tomli_w
 
 from megaopd.config import apply_overrides
 from megaopd.errors import UserError
-from megaopd.recipes import Variant, method, methods
+from megaopd.recipes import Variant, filled, method, methods, places
+from megaopd.schema import Config, make_config
 from megaopd.study.stages import Stages
 
 
-def run_tiny(name: str, root: Path, seed: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def run_tiny(
+    name: str,
+    root: Path,
+    seed: int,
+    overrides: Sequence[str] = (),
+    stages: Sequence[str] = (),
+) -> dict[str, Any]:
     """Run a method's tiny variant after its stages, in this process.
+
+    Args:
+        name: of a method, or the path of a recipe of one's own.
+        stages: overrides of every stage that trains or samples.
 
     Returns:
         method, seed, every evaluated figure before and after, seconds, and the folder of the run.
     """
-    values = apply_overrides(method(name).values("tiny"), overrides)
-    summary = Stages(root / f"seed_{seed}", seed).run(name, values)
+    one = method(name)
+    values = apply_overrides(one.values("tiny"), overrides)
+    check(values)
+    made = Stages(root / f"seed_{seed}", seed, overrides=stages)
+    summary = made.run(one.name, values)
     return {
-        "method": name,
+        "method": one.name,
         "seed": seed,
         **{when: figures(summary, when) for when in ("before", "after")},
         "seconds": summary["seconds"],
@@ -38,7 +53,15 @@ def figures(summary: Mapping[str, Any], when: str) -> dict[str, float]:
 
 def as_toml(name: str, variant: Variant, overrides: Sequence[str] = ()) -> str:
     """A method's values as the TOML of a run; {NAME} stands for what a stage makes."""
-    return tomli_w.dumps(apply_overrides(method(name).values(variant), overrides))
+    values = apply_overrides(method(name).values(variant), overrides)
+    check(values)
+    return tomli_w.dumps(values)
+
+
+def check(values: Mapping[str, Any]) -> Config:
+    """The Config of a method's values, whatever its stages make. UserError where there is none."""
+    stood_for = {name: f"<{name}>" for name in places(values)}
+    return make_config(copy.deepcopy(filled(values, stood_for)))
 
 
 def table() -> Any:
@@ -54,7 +77,14 @@ def table() -> Any:
 
 
 def command(
-    name: str, variant: Variant, root: Path, seed: int, overrides: Sequence[str], *, show: bool
+    name: str,
+    variant: Variant,
+    root: Path,
+    seed: int,
+    overrides: Sequence[str],
+    *,
+    stages: Sequence[str] = (),
+    show: bool,
 ) -> int:
     """What the command line asks for."""
     if show:
@@ -68,8 +98,10 @@ def command(
             "megaopd train --config run.toml",
         )
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    found = run_tiny(name, root, seed, overrides)
+    found = run_tiny(name, root, seed, overrides, stages)
     metric = method(name).metric
-    print(f"{name}: {metric} {found['before'][metric]:.4f} -> {found['after'][metric]:.4f}")
+    print(
+        f"{found['method']}: {metric} {found['before'][metric]:.4f} -> {found['after'][metric]:.4f}"
+    )
     print(f"megaopd report {found['dir']}")
     return 0

@@ -6,10 +6,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from megaopd.build import build_parts
 from megaopd.data.responses import read_records
 from megaopd.data.types import Prompt, Sample
 from megaopd.inputs import reward_of
-from megaopd.parts import build_parts
 from megaopd.schema import make_config, sampling_values
 
 

@@ -6,7 +6,7 @@ student or a teacher share its folder, and a study that is started again goes on
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,22 @@ class Stages:
     """Makes stages under a folder. Single-rank: of models that fit on one.
 
     say: is told what is made.
+    overrides: of every stage that trains or samples, e.g. to make them short.
     """
 
     root: Path
     seed: int
     say: Callable[[str], None] = print
     made: dict[str, str] = field(default_factory=dict)  # stage -> what it made
+    overrides: Sequence[str] = ()
 
     def make(self, name: str) -> str:
         """The path of what stage `name` makes: a checkpoint, or a file of responses."""
         if name not in self.made:
             values = stage_values(name)
             kind = values.pop("stage")
+            if kind["kind"] != "init":
+                values = apply_overrides(values, self.overrides)
             self.made[name] = self._one(name, kind, self._filled(values))
         return self.made[name]
 

@@ -24,9 +24,10 @@ from urllib.parse import urlsplit
 import psutil
 import torch
 
+from megaopd.build import build_parts
 from megaopd.data.types import Sample
 from megaopd.errors import UserError
-from megaopd.parts import Parts, build_parts
+from megaopd.parts import Parts
 from megaopd.rollout.base import SamplingParams
 from megaopd.rollout.command import server_command
 from megaopd.rollout.member import Server

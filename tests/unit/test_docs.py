@@ -22,6 +22,7 @@ PAGES = [
     "docs/clusters.md",
     "docs/configuration.md",
     "docs/design-notes.md",
+    "docs/extending.md",
     "docs/large-runs.md",
     "docs/layouts.md",
     "docs/losses.md",

@@ -1,0 +1,76 @@
+"""What of a whole configuration does not go together: of one section with another.
+
+Part of schema.Config's own checks; each of these says got, expected and the fix.
+"""
+
+from typing import TYPE_CHECKING
+
+from megaopd.errors import UserError
+
+if TYPE_CHECKING:
+    from megaopd.schema import Config
+
+
+def check_reference(config: "Config") -> None:
+    """A base model exactly where a target mixes one with the teacher."""
+    wanted = config.objective.target in ("geometric", "linear")
+    if wanted and (not config.reference.path or config.remote_teacher.addresses):
+        raise UserError(
+            f"objective.target = {config.objective.target} "
+            + ("with a teacher on servers" if config.reference.path else "without reference.path"),
+            expected="the whole law of the teacher and of a base model, beside the student",
+            fix="set reference.path and teacher.path, or objective.target=teacher",
+        )
+    if config.reference.path and not wanted:
+        raise UserError(
+            f"reference.path = {config.reference.path} with objective.target = "
+            f"{config.objective.target}",
+            expected="no reference: it would be ignored",
+            fix="set objective.target=geometric, or remove [reference]",
+        )
+
+
+def check_mix(config: "Config") -> None:
+    """Samples that a term looks at, and a term whose samples are there."""
+    o, mix = config.objective, config.mix
+    given = mix.source or mix.student_share < 1
+    if o.loss == "sft":
+        if given and (mix.source in ("", "answers") or mix.kind != "sft"):
+            raise UserError(
+                f"mix.source = {mix.source!r}, mix.kind = {mix.kind} with objective.loss = sft",
+                expected="a file of `megaopd sample` to train on, or no [mix]",
+                fix="remove [mix]: the data's answers are trained on without it",
+            )
+        return
+    if given and o.tis != "off":
+        raise UserError(
+            f"[mix] with objective.tis = {o.tis}",
+            expected="tis = off: samples of others have no log-probs of the student's engine",
+            fix="set objective.tis=off",
+        )
+    if mix.student_share < 1 and not o.is_divergence:
+        raise UserError(
+            f"mix.student_share = {mix.student_share} with objective.loss = {o.loss}",
+            expected="a divergence: an estimator needs the student's own samples",
+            fix="set objective.loss=jsd, or mix.student_share=1",
+        )
+    if mix.source and mix.kind == "sft" and not o.sft_coef:
+        raise UserError(
+            f"mix.source = {mix.source} with objective.sft_coef = 0",
+            expected="a term that looks at them",
+            fix="set objective.sft_coef=1.0",
+        )
+    if mix.source not in ("", "answers") and not mix.per_step:
+        raise UserError(
+            f"mix.source = {mix.source} without mix.per_step",
+            expected="how many of its responses join a step",
+            fix="set mix.per_step=16",
+        )
+    if bool(o.replay) != (bool(mix.source) and mix.kind == "replay"):
+        raise UserError(
+            f"objective.replay = {o.replay!r} with mix.source = {mix.source!r}, mix.kind = "
+            f"{mix.kind}",
+            expected="both a term for replayed samples and such samples, or neither",
+            fix="set objective.replay=dph_forward, mix.kind=replay and mix.source to a file of "
+            "`megaopd sample` by the teacher",
+        )
