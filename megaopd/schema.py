@@ -203,6 +203,12 @@ class Config:
                 expected="tis = off: samples of others have no log-probs of the student's engine",
                 fix="set objective.tis=off",
             )
+        if mix.student_share < 1 and o.returns:
+            raise UserError(
+                f"mix.student_share = {mix.student_share} with objective.returns = {o.returns}",
+                expected="the student's own samples: returns are those of its own law",
+                fix="remove objective.returns, or set mix.student_share=1",
+            )
         if mix.student_share < 1 and not o.is_divergence:
             raise UserError(
                 f"mix.student_share = {mix.student_share} with objective.loss = {o.loss}",
@@ -334,6 +340,12 @@ class Config:
                 f"{given[0]} = {kinds[given[0]]} with objective.loss = {self.objective.loss}",
                 expected="no teacher: it would be ignored",
                 fix=f"remove {given[0]}, or set objective.loss=rkl",
+            )
+        if self.objective.rl == "dpg" and self.teachers:
+            raise UserError(
+                f"objective.rl = dpg with [teachers.{next(iter(self.teachers))}]",
+                expected="one teacher, the initial policy, of which the posterior is made",
+                fix="set teacher.path to the student's own checkpoint",
             )
         nameless = [name for name, one in self.teachers.items() if not one.path]
         if nameless:

@@ -208,7 +208,8 @@ class Sampled:
 
     options: the estimator's numbers; its per-token inputs (advantage, old_log_prob, ...) come with
     the batch. baseline: for vopd, computed in the same pass: value, topk, unnorm (these two on the
-    student's top-k) or optimal. without: inputs of the batch that are another term's.
+    student's top-k) or optimal. without: inputs of the batch that are another term's. advantage:
+    name of the input that is its advantage, where another term has one too.
     """
 
     estimator: str
@@ -216,6 +217,7 @@ class Sampled:
     baseline: str | None = None
     k: int | None = None
     without: tuple[str, ...] = ()
+    advantage: str = "advantage"
 
     def __post_init__(self) -> None:
         if self.baseline not in (None, "value", "topk", "unnorm", "optimal"):

@@ -68,6 +68,13 @@ PRESETS: dict[str, Preset] = {
         "2205.11275", "reward and 0.05 (ours) times the log-ratio to the initial policy, the "
         "teacher: reverse KL to the posterior",
         {"loss": "k1_reward", "rl": "ppo", "coef": 0.05, "advantage": "centred"}),
+    "posterior_fkl": Preset(
+        "2205.11275", "policy gradient on each sample's weight under the posterior initial x "
+        "exp(reward / 0.05) (ours), the teacher being the initial policy: forward KL to it",
+        {"loss": "none", "rl": "dpg", "reward_scale": 0.05}),
+    "minillm": Preset(
+        "2306.08543", "exact reverse KL of the next token, and a policy gradient on the mean "
+        "log-ratio of the tokens after it", {"loss": "rkl", "returns": "mean"}),
     "gopd": Preset(
         "2602.12125", "reverse KL to teacher^1.25 / base^0.25, over the whole vocabulary",
         {"loss": "rkl", "target": "geometric", "target_weight": 1.25}),
@@ -97,7 +104,6 @@ PRESETS: dict[str, Preset] = {
 # Methods that one may look for, and what they need that cannot be configured.
 NOT_YET: dict[str, str] = {
     "pskd": "a share of the labels that falls over the run",
-    "minillm": "returns over the rest of the sequence",
     "sinkd": "a loss that couples the tokens of a chunk",
 }
 

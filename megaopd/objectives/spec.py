@@ -76,9 +76,14 @@ class ObjectiveConfig:
     # Factor of a sample in the loss; pass_rate: p (1 - p) of its group's, 1 in the mean (PACED).
     weigh: Literal["", "pass_rate"] = ""
     low_power: float = 0.5  # rapo: exponent of the reference where the reward is 0
+    # Beside a loss of reverse KL, whose next token it looks at, a policy gradient on the log-ratios
+    # of the tokens after it (MiniLLM), with the loss's factor: on their mean, or on their sum, with
+    # which the gradient is that of the whole sequences' KL. Costs one more forward pass.
+    returns: Literal["", "mean", "sum"] = ""
     # A policy gradient on rewards beside the loss. ppo: clipped ratio, as GRPO; trrd: RLAD's, whose
-    # ratio is to the old policy's and the teacher's geometric mean.
-    rl: Literal["", "ppo", "trrd"] = ""
+    # ratio is to the old policy's and the teacher's geometric mean; dpg: on the sample's weight
+    # under the posterior teacher x exp(reward / reward_scale); the teacher is the initial policy.
+    rl: Literal["", "ppo", "trrd", "dpg"] = ""
     rl_coef: float = 1.0  # its factor
     # From rewards: group: (r - mean) / std of the prompt's samples; centred: r - mean; reward: r.
     advantage: Literal["group", "centred", "reward"] = "group"
@@ -86,6 +91,7 @@ class ObjectiveConfig:
     rl_clip_high: float = 0.28  # and at 1 + rl_clip_high
     dual_clip: float = 3.0  # of the ratio where the advantage is negative
     mix: float = 0.5  # trrd: the old policy's share of the mean
+    reward_scale: float = 0.05  # dpg: rewards are divided by it
     # What is asked of samples that are not to be forgotten ([mix]), with the teacher as the law
     # that sampled them: KL(teacher || student), twice the Jensen-Shannon one, or alpha's.
     replay: Literal["", "dph_forward", "dph_js", "dph_alpha"] = ""
@@ -120,12 +126,17 @@ class ObjectiveConfig:
 
     @property
     def needs_teacher(self) -> bool:
-        return self.distils or self.rl == "trrd" or bool(self.replay)
+        return self.distils or self.rl in ("trrd", "dpg") or bool(self.replay)
 
     @property
     def on_policy(self) -> bool:
         """Whether the student samples what it is trained on."""
         return self.loss != "sft"
+
+    @property
+    def needs_sequences(self) -> bool:
+        """Both models' log-probs of whole sequences before the update."""
+        return bool(self.returns) or self.rl == "dpg"
 
     @property
     def needs_rewards(self) -> bool:

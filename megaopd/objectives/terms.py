@@ -7,8 +7,9 @@ from megaopd.losses.terms import Term
 from megaopd.objectives.spec import ObjectiveConfig
 
 # Names of the terms, which are also those of the loss families: each has its own token weights and
-# denominator. distill_low: rapo's part on the tempered reference.
-TERMS = ("distill", "distill_low", "rl", "sft", "replay", "entropy")
+# denominator. distill_low: rapo's part on the tempered reference; returns: what a loss on the next
+# token leaves out.
+TERMS = ("distill", "distill_low", "returns", "rl", "sft", "replay", "entropy")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ def make_terms(objective: ObjectiveConfig) -> dict[str, WeightedTerm]:
         low = Target(kind="tempered", weight=o.low_power)
         terms["distill"] = WeightedTerm(Divergence(kind="fkl"), o.coef)
         terms["distill_low"] = WeightedTerm(Divergence(kind="fkl", target=low), o.coef)
+    if o.returns:
+        # One optimizer step per rollout: the ratio to the sampling weights is 1, and never clipped.
+        long = Sampled(estimator="ppo", advantage="returns")
+        terms["returns"] = WeightedTerm(long, o.coef)
     if o.rl:
         terms["rl"] = WeightedTerm(_policy_gradient(o), o.rl_coef)
     if o.loss == "sft":
@@ -72,6 +77,8 @@ def _sampled(o: ObjectiveConfig) -> Sampled:
 
 
 def _policy_gradient(o: ObjectiveConfig) -> Sampled:
+    if o.rl == "dpg":
+        return Sampled(estimator="ppo")
     options = {
         "clip_low": o.rl_clip_low,
         "clip_high": o.rl_clip_high,

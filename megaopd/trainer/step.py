@@ -5,7 +5,7 @@ teacher chunk by chunk (losses/fused_head.py) and never holds full logits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -47,6 +47,11 @@ class FrozenLaw:
         if hidden is None:
             return None
         return OutputLayer(hidden, self.weight(micro), softcap=self.softcap(micro))
+
+    def held(self) -> "FrozenLaw":
+        """The same with all hidden states here, to be looked at more than once."""
+        hidden: list[Any] = [h() if callable(h) else h for h in self.hidden]
+        return replace(self, hidden=hidden)
 
 
 def run_schedule(
@@ -190,10 +195,15 @@ def _inputs(objective: ObjectiveConfig, micro: MicroBatch) -> dict[str, Any]:
     """What sampled terms take besides log-probs, [T] each."""
     import torch
 
-    if not objective.rl:
-        return {}
-    none = micro.advantage_T is None  # every group of the step has equal rewards
-    return {"advantage": torch.zeros_like(micro.weights_T) if none else micro.advantage_T}
+    def given(x_T: Any) -> Any:
+        return torch.zeros_like(micro.weights_T) if x_T is None else x_T
+
+    inputs = {}
+    if objective.rl:  # none: every group of the step has equal rewards
+        inputs["advantage"] = given(micro.advantage_T)
+    if objective.returns:  # none: the pass before the update was not made, as in an evaluation
+        inputs["returns"] = given(micro.returns_T)
+    return inputs
 
 
 def _token_sums(result: Any, micro: MicroBatch) -> Any:
@@ -249,6 +259,8 @@ def _metrics(
             metrics["teacher_entropy"] = means["teacher_entropy"]
         if objective.passes_labels:
             metrics["log_ratio"] = means["student_log_prob"] - means["teacher_log_prob"]
+    if objective.returns:
+        metrics["return"] = -means["returns"]
     if objective.loss == "sft" or objective.sft_coef:
         metrics["nll"] = means["sft"]
     if objective.replay:

@@ -134,7 +134,8 @@ GROUPS = [*GOOD, "rollout.samples_per_prompt=4"]
 REPLAY = ["mix.kind=replay", "mix.source=responses.jsonl", "mix.per_step=4"]
 # What a method needs beside its preset.
 AROUND = {
-    **dict.fromkeys(("kdrl", "skill_sd", "rlad", "rapo", "paced", "posterior_rkl"), GROUPS),
+    **dict.fromkeys(("kdrl", "skill_sd", "rlad", "rapo", "paced"), GROUPS),
+    **dict.fromkeys(("posterior_rkl", "posterior_fkl"), GROUPS),
     "grpo": [one for one in GROUPS if not one.startswith("teacher")],
     "dph_f": [*GROUPS, *REPLAY],
     "dph_js": [*GROUPS, *REPLAY],
@@ -151,6 +152,7 @@ def test_every_preset_builds_and_is_described(name):
     assert config.objective == objective and config.warnings == []
     wanted = {"distill"} if objective.distils else set[str]()
     wanted |= {"distill_low"} if name == "rapo" else set()
+    wanted |= {"returns"} if objective.returns else set()
     wanted |= {"rl"} if objective.rl else set()
     wanted |= {"replay"} if objective.replay else set()
     wanted |= {"entropy"} if objective.entropy_coef else set()
@@ -207,6 +209,15 @@ def test_the_saved_config_of_a_preset_is_the_same_objective(tmp_path):
         (["second_loss=k9", "second_from=5"], "one of"),
         (["mix=0.2"], "objective.rl = trrd"),
         (["replay=dph_js"], "mix.source"),
+        (["loss=fkl", "returns=sum"], "reverse KL"),
+        (["second_loss=fkl", "second_from=3", "returns=sum"], "objective.loss = fkl"),
+        (["returns=sum", "temperature=2.0"], "temperature=1.0"),
+        (["target=tempered", "target_weight=0.5", "returns=sum"], "target=teacher"),
+        (["loss=none", "rl=dpg"], "samples_per_prompt = 1"),
+        (["rl=dpg"], "the teacher is the initial policy"),
+        (["loss=none", "rl=dpg", "reward_scale=0"], "above 0"),
+        (["loss=none", "rl=dpg", "advantage=reward"], "ppo and trrd"),
+        (["loss=none", "rl=ppo", "reward_scale=1"], "objective.rl = dpg"),
         # what cannot be configured
         (["loss=sinkd"], "no sum over tokens"),
         (["loss=rapo_paper"], "not the gradient"),
@@ -314,6 +325,9 @@ def test_what_an_objective_needs():
     assert needs(ObjectiveConfig(loss="pg")).labels
     assert needs(ObjectiveConfig(sft_coef=0.1)).labels
     assert needs(ObjectiveConfig(target="one_hot", target_weight=0.5)).labels
+    assert needs(ObjectiveConfig(returns="sum")).old_log_prob_pass
+    dpg = needs(ObjectiveConfig.of("posterior_fkl"))
+    assert dpg.teacher and dpg.old_log_prob_pass and dpg.rewards and dpg.payloads == ("hidden",)
     token = needs(ObjectiveConfig(loss="pg", tis="token"))
     assert token.old_log_prob_pass and not token.statistics_pass
     assert needs(ObjectiveConfig(loss="pg", tis="reject")).statistics_pass
