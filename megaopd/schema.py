@@ -189,6 +189,8 @@ class Config:
         """Samples that a term looks at, and a term whose samples are there."""
         o, mix = self.objective, self.mix
         given = mix.source or mix.student_share < 1
+        if not mix.student_share:
+            self._check_answers()
         if o.loss == "sft":
             if given and (mix.source in ("", "answers") or mix.kind != "sft"):
                 raise UserError(
@@ -234,6 +236,20 @@ class Config:
                 expected="both a term for replayed samples and such samples, or neither",
                 fix="set objective.replay=dph_forward, mix.kind=replay and mix.source to a file of "
                 "`megaopd sample` by the teacher",
+            )
+
+    def _check_answers(self) -> None:
+        """Nothing that needs samples where the loss is taken on the data's answers alone."""
+        o, wrong = self.objective, ""
+        if o.needs_rewards:
+            wrong = "rewards: objective." + ("rl" if o.rl else "only" if o.only else "weigh")
+        elif self.mix.source:
+            wrong = f"other responses: mix.source = {self.mix.source}"
+        if wrong:
+            raise UserError(
+                f"mix.student_share = 0 with {wrong}",
+                expected="a divergence on the data's answers alone: nothing is sampled or scored",
+                fix="remove it, or raise mix.student_share",
             )
 
     def _check_teacher_model(self) -> None:
@@ -380,7 +396,7 @@ class Config:
     @property
     def on_policy(self) -> bool:
         """Whether the student samples; otherwise it is trained on the data's answers."""
-        return self.objective.on_policy
+        return self.objective.on_policy and self.mix.student_share > 0
 
     @property
     def warnings(self) -> list[str]:
@@ -392,6 +408,7 @@ class Config:
             top_p=law.top_p,
             top_k=law.top_k,
             mixed=self.mix.source != "" and self.mix.kind == "sft",
+            answers=not self.mix.student_share,
         )
 
 

@@ -83,6 +83,10 @@ PRESETS: dict[str, Preset] = {
         {"loss": "jsd", "beta": 0.5}),
     "distillm": Preset(
         "2402.03898", "skewed forward KL, alpha 0.1", {"loss": "skew_fkl", "alpha": 0.1}),
+    "pskd": Preset(
+        "2006.12000", "cross-entropy to a mixture of the label and the student of the last epoch "
+        "(the teacher), whose share rises to 0.8 over the run (steps ours)",
+        {"loss": "fkl", "target": "one_hot", "target_weight": 0.8, "target_steps": 500}),
     "bdkd": Preset(
         "2212.12965", "forward and reverse KL weighed by the entropy gap, soft gate (ours)",
         {"loss": "bdkd", "variant": "soft", "beta": 1.0}),
@@ -103,7 +107,6 @@ PRESETS: dict[str, Preset] = {
 
 # Methods that one may look for, and what they need that cannot be configured.
 NOT_YET: dict[str, str] = {
-    "pskd": "a share of the labels that falls over the run",
     "sinkd": "a loss that couples the tokens of a chunk",
 }
 

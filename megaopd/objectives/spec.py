@@ -54,6 +54,7 @@ class ObjectiveConfig:
     target: Literal["teacher", "geometric", "tempered", "linear", "one_hot"] = "teacher"
     # tempered: the teacher's exponent; others: its share of the target, geometric above 1 too.
     target_weight: float = 1.0
+    target_steps: int = 0  # in so many steps the weight rises from 0, in a line; 0: it is constant
     f_kind: Literal[
         "", "rkl", "fkl", "js", "softened_rkl", "hellinger", "jeffreys", "tv", "chi2"
     ] = ""  # the f-divergence that f_pg estimates
@@ -71,8 +72,8 @@ class ObjectiveConfig:
     second_loss: str = ""  # takes the place of the loss from a step on, in the same setting
     second_from: int = 0  # that step
     # Samples that the loss looks at (KDRL): those with a reward below 1, or in whose group no
-    # sample has reward 1. "": all of them.
-    only: Literal["", "wrong", "unsolved"] = ""
+    # sample has reward 1; right: with reward 1. "": all of them.
+    only: Literal["", "wrong", "unsolved", "right"] = ""
     # Factor of a sample in the loss; pass_rate: p (1 - p) of its group's, 1 in the mean (PACED).
     weigh: Literal["", "pass_rate"] = ""
     low_power: float = 0.5  # rapo: exponent of the reference where the reward is 0
@@ -149,8 +150,8 @@ class ObjectiveConfig:
         return bool(groups or self.weigh or self.only == "unsolved")
 
     def at(self, step: int) -> "ObjectiveConfig":
-        """The objective of step number `step` (from 0): its loss and factor. Of the step alone, so
-        that a resumed run goes on as it would have."""
+        """The objective of step number `step` (from 0): its loss, factor and target. Of the step
+        alone, so that a resumed run goes on as it would have."""
         now = self
         if self.second_loss and step >= self.second_from:
             now = replace(now, loss=self.second_loss, second_loss="", second_from=0)
@@ -158,6 +159,10 @@ class ObjectiveConfig:
             share = min(step / self.coef_steps, 1.0)
             coef = self.coef + share * (self.coef_end - self.coef)
             now = replace(now, coef=coef, coef_end=0.0, coef_steps=0)
+        if self.target_steps:
+            # Never 0: a target without the teacher would be another loss.
+            weight = self.target_weight * min((step + 1) / self.target_steps, 1.0)
+            now = replace(now, target_weight=weight, target_steps=0)
         return now
 
     @property

@@ -158,7 +158,7 @@ def _check_numbers(o: "ObjectiveConfig") -> None:
     for name in (
         "k", "baseline_k", "stats_k", "chunk_size", "alpha", "beta", "clip_low", "clip_high",
         "cap", "sft_coef", "entropy_coef", "target_weight", "coef", "coef_end", "coef_steps",
-        "second_from", "low_power", "rl_coef", "rl_clip_low", "rl_clip_high", "dual_clip", "mix",
+        "target_steps", "second_from", "low_power", "rl_coef", "rl_clip_low", "rl_clip_high", "dual_clip", "mix",
         "replay_coef", "reward_scale",
     ):  # fmt: skip
         value = getattr(o, name)
@@ -177,6 +177,7 @@ _USERS: dict[str, tuple[Callable[["ObjectiveConfig"], bool], str]] = {
     "variant": (_takes(*DIVERGENCES), "a divergence"),
     "target": (_takes(*DIVERGENCES), "a divergence"),
     "target_weight": (lambda o: o.target != "teacher", "a target other than 'teacher'"),
+    "target_steps": (lambda o: o.target != "teacher", "a target other than 'teacher'"),
     "alpha": (lambda o: _parameter(o) == "alpha", "skew_fkl, skew_rkl, alpha and bdkd hard"),
     "beta": (lambda o: _parameter(o) == "beta", "jsd and bdkd soft"),
     "f_kind": (_takes("f_pg"), "f_pg"),

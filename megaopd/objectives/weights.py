@@ -58,7 +58,7 @@ def _weigh_distillation(
     weights: dict[str, float], o: ObjectiveConfig, reward: float, group: list[float], factor: float
 ) -> None:
     """What the loss itself makes of a rollout; the terms beside it look at every one."""
-    left_out = {"wrong": reward >= 1.0, "unsolved": max(group) >= 1.0}
+    left_out = {"wrong": reward >= 1.0, "unsolved": max(group) >= 1.0, "right": reward < 1.0}
     weights["distill"] = weights["returns"] = factor
     weights["distill_low"] = 0.0
     if o.loss == "rapo":

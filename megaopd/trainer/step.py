@@ -267,6 +267,8 @@ def _metrics(
         metrics["replay"] = means["replay"]
     if objective.coef_steps or objective.coef != 1.0:
         metrics["coef"] = objective.coef
+    if objective.target != "teacher":
+        metrics["target_weight"] = objective.target_weight
     metrics |= {name: means[name] for name in objective.statistics_of(micro.payload)}
     # At another temperature the engine's log-probs are of another law.
     if micro.has_rollout_log_probs and objective.passes_labels and objective.temperature == 1.0:

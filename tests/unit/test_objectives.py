@@ -139,6 +139,7 @@ AROUND = {
     "grpo": [one for one in GROUPS if not one.startswith("teacher")],
     "dph_f": [*GROUPS, *REPLAY],
     "dph_js": [*GROUPS, *REPLAY],
+    "pskd": [*GOOD, "mix.student_share=0"],
     "gopd": [*GOOD, "reference.path=base"],
 }
 
@@ -213,6 +214,7 @@ def test_the_saved_config_of_a_preset_is_the_same_objective(tmp_path):
         (["second_loss=fkl", "second_from=3", "returns=sum"], "objective.loss = fkl"),
         (["returns=sum", "temperature=2.0"], "temperature=1.0"),
         (["target=tempered", "target_weight=0.5", "returns=sum"], "target=teacher"),
+        (["target_steps=5"], "a target other than"),
         (["loss=none", "rl=dpg"], "samples_per_prompt = 1"),
         (["rl=dpg"], "the teacher is the initial policy"),
         (["loss=none", "rl=dpg", "reward_scale=0"], "above 0"),
@@ -370,6 +372,40 @@ def test_the_extra_terms_have_their_coefficients():
         "sft": (0.5, True),
         "entropy": (-0.25, False),
     }
+
+
+def test_the_teachers_share_of_the_target_rises():
+    """PS-KD's alpha_e = alpha_T e / E, e from 1, with the optimizer step as its clock."""
+    pskd = ObjectiveConfig.of("pskd", target_steps=4)
+    shares = [pskd.at(step).target_weight for step in (0, 1, 3, 9)]
+    assert shares == pytest.approx([0.2, 0.4, 0.8, 0.8])
+    assert all(pskd.at(step).target == "one_hot" for step in (0, 9))
+    assert ObjectiveConfig.of("pskd", target_steps=0).at(0).target_weight == 0.8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["objective.only=wrong"], "rewards"),
+        (["objective.sft_coef=1", "mix.source=answers"], "mix.source = answers"),
+        (["objective.loss=k2"], "the student's own samples"),
+        (["objective.returns=sum"], "returns are those of its own law"),
+        (["objective.tis=token"], "tis = off"),
+    ],
+)
+def test_what_answers_alone_cannot_serve(overrides, said):
+    with pytest.raises(UserError) as caught:
+        load_config(None, [*GOOD, "mix.student_share=0", *overrides])
+    assert said in str(caught.value), str(caught.value)
+
+
+def test_labels_that_are_no_noise_are_not_warned_of():
+    """The data's answers, and samples that a verifier has accepted."""
+    right = ["objective.only=right", "rollout.samples_per_prompt=4"]
+    for overrides in (["mix.student_share=0"], right):
+        config = load_config(None, [*GOOD, "objective.preset=pskd", *overrides])
+        assert config.warnings == []
+    assert not load_config(None, [*GOOD, "mix.student_share=0"]).on_policy
 
 
 def test_an_alarm_is_raised_once():
