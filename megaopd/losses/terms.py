@@ -234,7 +234,25 @@ class Sampled:
             )
 
 
-Term = Divergence | CrossEntropy | Entropy | Sampled
+@dataclass(frozen=True, kw_only=True)
+class Sinkhorn:
+    """How far the student's laws of a chunk of tokens are from the target's: sinkhorn.py.
+
+    A chunk of the pass is what one transport plan couples: it is no sum over tokens, and its terms
+    are those of the student's tokens, sum_j Pi_ij W_ij. No temperature^2.
+    """
+
+    temperature: float = 2.0
+    epsilon: float = 0.1  # of the plan's entropy
+    iterations: int = 20
+    target: Target = field(default_factory=Target)
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "epsilon", "iterations"):
+            check_positive(name, getattr(self, name))
+
+
+Term = Divergence | CrossEntropy | Entropy | Sampled | Sinkhorn
 
 
 def divergence_term(stats: bool, k: int | None, **options: Any) -> tuple[Divergence, int | None]:

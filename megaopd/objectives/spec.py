@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megaopd.objectives.names import (
+    COUPLED,
     DEFAULT_BASELINE,
     DEFAULT_BASELINE_K,
     DEFAULT_K,
@@ -49,7 +50,7 @@ class ObjectiveConfig:
         "", "tail", "sg", "renorm", "unnorm", "intersect", "sampled_tail", "soft", "hard"
     ] = ""
     alpha: float = 0.0  # of skew_fkl, skew_rkl, alpha and bdkd's hard gate; 0: its default
-    beta: float = 0.0  # of jsd and bdkd's soft gate; 0: its default
+    beta: float = 0.0  # of jsd, bdkd's soft gate and sinkd's plan (epsilon); 0: its default
     # The law that the student is pulled to; geometric and linear mix the teacher with [reference].
     target: Literal["teacher", "geometric", "tempered", "linear", "one_hot"] = "teacher"
     # tempered: the teacher's exponent; others: its share of the target, geometric above 1 too.
@@ -101,7 +102,9 @@ class ObjectiveConfig:
     entropy_coef: float = 0.0  # of the student's entropy as a bonus: it is subtracted
     stats_k: int = 0  # length of a list of its own for masses, overlap and ranks; 0: none
     i_know_biased: bool = False  # allows variant = unnorm, which drives mass out of the support
-    chunk_size: int = 0  # tokens whose logits exist at once; 0: chosen for the device
+    # Tokens whose logits exist at once; 0: chosen for the device. sinkd: those that it couples,
+    # 0: 128.
+    chunk_size: int = 0
 
     def __post_init__(self) -> None:
         check(self)
@@ -113,7 +116,7 @@ class ObjectiveConfig:
 
     @property
     def is_divergence(self) -> bool:
-        return self.loss in DIVERGENCES
+        return self.loss in (*DIVERGENCES, *COUPLED)
 
     @property
     def is_sampled(self) -> bool:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megaopd.losses import CrossEntropy, Divergence, Entropy, Sampled, Target
+from megaopd.losses import CrossEntropy, Divergence, Entropy, Sampled, Sinkhorn, Target
 from megaopd.losses.terms import Term
 from megaopd.objectives.spec import ObjectiveConfig
 
@@ -27,7 +27,9 @@ class WeightedTerm:
 def make_terms(objective: ObjectiveConfig) -> dict[str, WeightedTerm]:
     """The terms of an objective by name, of TERMS, in their order; it minimises their sum."""
     o, terms = objective, dict[str, WeightedTerm]()
-    if o.is_divergence:
+    if o.loss == "sinkd":
+        terms["distill"] = WeightedTerm(_sinkhorn(o), o.coef)
+    elif o.is_divergence:
         terms["distill"] = WeightedTerm(_divergence(o), o.coef)
     elif o.is_sampled:
         terms["distill"] = WeightedTerm(_sampled(o), o.coef)
@@ -63,6 +65,11 @@ def _divergence(o: ObjectiveConfig) -> Divergence:
         beta=o.beta or None,
         target=Target(kind=o.target, weight=o.target_weight),
     )
+
+
+def _sinkhorn(o: ObjectiveConfig) -> Sinkhorn:
+    target = Target(kind=o.target, weight=o.target_weight)
+    return Sinkhorn(temperature=o.temperature, epsilon=o.beta or 0.1, target=target)
 
 
 def _sampled(o: ObjectiveConfig) -> Sampled:

@@ -20,6 +20,7 @@ from megaopd.errors import UserError
 from megaopd.objectives.names import (
     CAPPED,
     CLIPPED,
+    COUPLED,
     DEFAULT_K,
     DIVERGENCES,
     ESTIMATORS,
@@ -158,8 +159,8 @@ def _check_numbers(o: "ObjectiveConfig") -> None:
     for name in (
         "k", "baseline_k", "stats_k", "chunk_size", "alpha", "beta", "clip_low", "clip_high",
         "cap", "sft_coef", "entropy_coef", "target_weight", "coef", "coef_end", "coef_steps",
-        "target_steps", "second_from", "low_power", "rl_coef", "rl_clip_low", "rl_clip_high", "dual_clip", "mix",
-        "replay_coef", "reward_scale",
+        "target_steps", "second_from", "low_power", "rl_coef", "rl_clip_low", "rl_clip_high",
+        "dual_clip", "mix", "replay_coef", "reward_scale",
     ):  # fmt: skip
         value = getattr(o, name)
         if not 0 <= value < float("inf"):
@@ -175,11 +176,11 @@ _USERS: dict[str, tuple[Callable[["ObjectiveConfig"], bool], str]] = {
     "support": (_takes(*DIVERGENCES), "a divergence"),
     "k": (_takes(*DIVERGENCES), "a divergence"),
     "variant": (_takes(*DIVERGENCES), "a divergence"),
-    "target": (_takes(*DIVERGENCES), "a divergence"),
+    "target": (_takes(*DIVERGENCES, *COUPLED), "a divergence"),
     "target_weight": (lambda o: o.target != "teacher", "a target other than 'teacher'"),
     "target_steps": (lambda o: o.target != "teacher", "a target other than 'teacher'"),
     "alpha": (lambda o: _parameter(o) == "alpha", "skew_fkl, skew_rkl, alpha and bdkd hard"),
-    "beta": (lambda o: _parameter(o) == "beta", "jsd and bdkd soft"),
+    "beta": (lambda o: _parameter(o) == "beta", "jsd, bdkd soft and sinkd"),
     "f_kind": (_takes("f_pg"), "f_pg"),
     "baseline": (_takes("vopd"), "vopd"),
     "baseline_k": (lambda o: o.resolved_baseline_k > 0, "vopd's baselines topk and unnorm"),
@@ -272,6 +273,8 @@ def _why_not(o: "ObjectiveConfig") -> str:
 
 
 def _parameter(o: "ObjectiveConfig") -> str:
+    if o.loss in COUPLED:
+        return "beta"
     if o.loss == "bdkd":
         return "alpha" if o.variant == "hard" else "beta"
     return PARAMETER.get(o.loss, "")
@@ -279,7 +282,7 @@ def _parameter(o: "ObjectiveConfig") -> str:
 
 def _check_parameters(o: "ObjectiveConfig") -> None:
     name = _parameter(o)
-    if name and o.loss != "bdkd" and getattr(o, name) >= 1:
+    if name and o.loss not in ("bdkd", *COUPLED) and getattr(o, name) >= 1:
         raise UserError(
             f"objective.{name} = {getattr(o, name)} with objective.loss = {o.loss}",
             expected=f"0 < {name} < 1 (0: its default)",

@@ -15,7 +15,7 @@ from megaopd.losses.importance import BASELINES, TIS_MODES
 from megaopd.losses.sampled import ESTIMATORS, F_KINDS
 from megaopd.objectives import names
 from megaopd.objectives.alarms import new_alarms
-from megaopd.objectives.presets import NOT_YET, PRESETS
+from megaopd.objectives.presets import PRESETS
 from megaopd.objectives.spec import ObjectiveConfig
 from megaopd.objectives.surprises import warnings
 from megaopd.objectives.terms import make_terms
@@ -52,6 +52,9 @@ def every_objective():
     yield {"loss": "fkl", "target": "tempered", "target_weight": 0.5}
     yield {"loss": "rkl", "target": "one_hot", "target_weight": 0.8}
     yield {"loss": "pld", "temperature": 2.0, "entropy_coef": 0.1}
+    yield {"loss": "sinkd", "temperature": 2.0}
+    yield {"loss": "sinkd", "beta": 0.5, "chunk_size": 3, "stats_k": 4, "sft_coef": 0.2}
+    yield {"loss": "sinkd", "target": "tempered", "target_weight": 0.5}
     yield {"loss": "sft"}
     yield {"loss": "sft", "entropy_coef": 0.1}
     yield {"loss": "pg", "clip_low": 0.2, "clip_high": 0.28}
@@ -221,14 +224,15 @@ def test_the_saved_config_of_a_preset_is_the_same_objective(tmp_path):
         (["loss=none", "rl=dpg", "advantage=reward"], "ppo and trrd"),
         (["loss=none", "rl=ppo", "reward_scale=1"], "objective.rl = dpg"),
         # what cannot be configured
-        (["loss=sinkd"], "no sum over tokens"),
+        (["loss=sinkhorn"], "objective.loss=sinkd"),
+        (["loss=sinkd", "support=student_topk", "k=9"], "belongs to a divergence"),
+        (["loss=sinkd", "alpha=0.5"], "skew_fkl"),
         (["loss=rapo_paper"], "not the gradient"),
         (["loss=dph_js"], "initial policy"),
         (["target=geometric", "target_weight=1.25"], "base model"),
         (["target=linear", "target_weight=0.5"], "base model"),
         (["target=linear"], "0 < target_weight < 1"),
         (["preset=gopd"], "base model"),
-        (["preset=sinkd"], "couples the tokens"),
         (["preset=many_face"], "'many_faces'"),
         # what does not go together
         (["loss=rklx"], "did you mean 'rkl'?"),
@@ -267,8 +271,7 @@ def test_what_is_refused_says_why(overrides, said):
     assert caught.value.expected
 
 
-def test_methods_that_are_not_offered_are_no_presets():
-    assert not set(NOT_YET) & set(PRESETS)
+def test_losses_that_are_refused_are_not_offered():
     assert not set(names.REFUSED) & set(names.LOSSES)
 
 
@@ -338,7 +341,7 @@ def test_what_an_objective_needs():
 @pytest.mark.parametrize(
     ("values", "enough"),
     [
-        *(({"loss": kind}, ("hidden",)) for kind in FULL),
+        *(({"loss": kind}, ("hidden",)) for kind in (*FULL, "sinkd")),
         ({"support": "student_topk", "k": 20}, ("hidden", "topk")),
         ({"loss": "pld"}, ("hidden", "topk")),
         ({"loss": "k2"}, ("hidden", "sampled")),
