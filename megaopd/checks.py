@@ -34,6 +34,8 @@ def check_mix(config: "Config") -> None:
     """Samples that a term looks at, and a term whose samples are there."""
     o, mix = config.objective, config.mix
     given = mix.source or mix.student_share < 1
+    if not mix.student_share:
+        check_answers(config)
     if o.loss == "sft":
         if given and (mix.source in ("", "answers") or mix.kind != "sft"):
             raise UserError(
@@ -47,6 +49,12 @@ def check_mix(config: "Config") -> None:
             f"[mix] with objective.tis = {o.tis}",
             expected="tis = off: samples of others have no log-probs of the student's engine",
             fix="set objective.tis=off",
+        )
+    if mix.student_share < 1 and o.returns:
+        raise UserError(
+            f"mix.student_share = {mix.student_share} with objective.returns = {o.returns}",
+            expected="the student's own samples: returns are those of its own law",
+            fix="remove objective.returns, or set mix.student_share=1",
         )
     if mix.student_share < 1 and not o.is_divergence:
         raise UserError(
@@ -73,4 +81,19 @@ def check_mix(config: "Config") -> None:
             expected="both a term for replayed samples and such samples, or neither",
             fix="set objective.replay=dph_forward, mix.kind=replay and mix.source to a file of "
             "`megaopd sample` by the teacher",
+        )
+
+
+def check_answers(config: "Config") -> None:
+    """Nothing that needs samples where the loss is taken on the data's answers alone."""
+    o, wrong = config.objective, ""
+    if o.needs_rewards:
+        wrong = "rewards: objective." + ("rl" if o.rl else "only" if o.only else "weigh")
+    elif config.mix.source:
+        wrong = f"other responses: mix.source = {config.mix.source}"
+    if wrong:
+        raise UserError(
+            f"mix.student_share = 0 with {wrong}",
+            expected="a divergence on the data's answers alone: nothing is sampled or scored",
+            fix="remove it, or raise mix.student_share",
         )

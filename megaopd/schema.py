@@ -275,6 +275,12 @@ class Config:
                 expected="no teacher: it would be ignored",
                 fix=f"remove {given[0]}, or set objective.loss=rkl",
             )
+        if self.objective.rl == "dpg" and self.teachers:
+            raise UserError(
+                f"objective.rl = dpg with [teachers.{next(iter(self.teachers))}]",
+                expected="one teacher, the initial policy, of which the posterior is made",
+                fix="set teacher.path to the student's own checkpoint",
+            )
         nameless = [name for name, one in self.teachers.items() if not one.path]
         if nameless:
             raise UserError(
@@ -308,7 +314,7 @@ class Config:
     @property
     def on_policy(self) -> bool:
         """Whether the student samples; otherwise it is trained on the data's answers."""
-        return self.objective.on_policy
+        return self.objective.on_policy and self.mix.student_share > 0
 
     @property
     def warnings(self) -> list[str]:
@@ -320,6 +326,7 @@ class Config:
             top_p=law.top_p,
             top_k=law.top_k,
             mixed=self.mix.source != "" and self.mix.kind == "sft",
+            answers=not self.mix.student_share,
         )
 
 

@@ -93,7 +93,7 @@ class MixConfig:
     least_reward: float = 0.0  # of a file's responses that are taken
     least_pass_rate: float = 0.0  # and of their prompts, over all that were sampled
     # Share of the step's prompts whose response the student samples (GKD's lambda). The loss itself
-    # is taken on the data's answers to the others.
+    # is taken on the data's answers to the others. 0: on answers alone, and nothing is sampled.
     student_share: float = 1.0
 
     def __post_init__(self) -> None:

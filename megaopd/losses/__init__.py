@@ -23,7 +23,7 @@ from megaopd.losses.reduce import LOSS_AGG, loss_weights
 from megaopd.losses.remote import ListedTeacher
 from megaopd.losses.sampled import sampled_loss, sampled_terms
 from megaopd.losses.sinkhorn import sinkhorn_divergence
-from megaopd.losses.terms import CrossEntropy, Divergence, Entropy, Sampled, Target
+from megaopd.losses.terms import CrossEntropy, Divergence, Entropy, Sampled, Sinkhorn, Target
 from megaopd.losses.topk import vocab_parallel_topk
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "Objective",
     "OutputLayer",
     "Sampled",
+    "Sinkhorn",
     "Target",
     "fused_linear_cross_entropy",
     "fused_linear_divergence",

@@ -98,7 +98,10 @@ def run_chunk(
     unit = len(plan.terms) == 1
     # Rows are scaled one by one: a list of numbers made a tensor would be a copy from the host.
     rows = zip(weights, plan.factors, strict=True)
-    factors = weights.new_ones(1, s.shape[0]) if unit else torch.stack([w * f for w, f in rows])
+    if unit or not plan.terms:  # none: statistics alone
+        factors = weights.new_ones(len(plan.terms), s.shape[0])
+    else:
+        factors = torch.stack([w * f for w, f in rows])
     facts = Evaluation(norm, moments, tail, labels, head, teacher_list, batch.inputs)
     values, coefs, extra = evaluate_terms(plan, facts, factors)
     if coefs.parts:

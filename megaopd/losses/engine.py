@@ -14,6 +14,7 @@ from megaopd.losses.chunk import Batch, ChunkLoss, Listed, run_chunk
 from megaopd.losses.kernels import native
 from megaopd.losses.plan import Plan, is_pld, make_plans
 from megaopd.losses.remote import Known
+from megaopd.losses.sinkhorn import sinkhorn_chunk
 from megaopd.losses.targets import apply_target_
 from megaopd.losses.terms import Term, check_positive
 from megaopd.losses.vocab_parallel import Shard, group_size
@@ -21,6 +22,7 @@ from megaopd.losses.vocab_parallel import Shard, group_size
 # Elements of a chunk's logits: large enough for efficient products, small enough to forget.
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
 MIN_CHUNK = 128
+COUPLED_ROWS = 128  # of a loss on whole chunks: few enough for all pairs of them
 
 LIST_STATS = ("mass_student", "mass_teacher", "bucket_kl", "overlap", "teacher_rank")
 
@@ -39,6 +41,11 @@ class Engine:
     def inline(self) -> bool:
         """Kernels scale the logits as they read them: the buffers keep the products' precision."""
         return self.plans[0].inline
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the rows of a chunk mean something to each other."""
+        return any(plan.coupled for plan in self.plans)
 
     def logits_dtype(self, weight: Tensor) -> torch.dtype:
         """Of a chunk's logits: as the products give them where kernels do the rest, else wide."""
@@ -77,14 +84,17 @@ class Engine:
             laws = (s, t, base)
             if i + 1 < len(self.plans):
                 laws = tuple(None if x is None else x.clone() for x in laws)
-            mine = torch.stack([weights[row] for row in plan.rows])
-            out = _run_plan(plan, *laws, batch, mine, want_grad)  # pyright: ignore
+            mine = torch.stack([weights[row] for row in plan.rows]) if plan.rows else weights[:0]
+            grad_too = want_grad and bool(plan.rows)
+            out = _run_plan(plan, *laws, batch, mine, grad_too)  # pyright: ignore
             for row, value in zip(plan.rows, out.values, strict=True):
                 values[row] = value
             stats |= out.stats
             if isinstance(out.grad, Listed) and (len(self.plans) > 1 or slope is not None):
                 out.grad = out.grad.dense(s.shape[1])
-            if out.grad is None or len(self.plans) == 1:
+            if out.grad is None:
+                continue
+            if len(self.plans) == 1:
                 total, scale = out.grad, out.scale
                 continue
             assert not isinstance(out.grad, Listed) and not isinstance(total, Listed)
@@ -141,7 +151,8 @@ def make_engine(
     # Kernels that scale what they read know one soft-cap.
     inline = _inline(plans, like) and (softcaps[0] == softcaps[1] or not has_teacher)
     plans = [replace(p, softcap=softcaps[0], inline=inline) for p in plans]
-    chunk = chunk_size or default_chunk(shard, like.device)
+    coupled = any(plan.coupled for plan in plans)
+    chunk = chunk_size or (COUPLED_ROWS if coupled else default_chunk(shard, like.device))
     engine = Engine(tuple(terms), tuple(plans), shard, softcaps, chunk)
     if engine.needs_base != has_base:
         raise UserError(
@@ -158,8 +169,8 @@ def _inline(plans: Sequence[Plan], like: Tensor) -> bool:
     """One pass over logits that no target mixes: nothing but the kernels needs them scaled."""
     plan = plans[0]
     ops = native(like) if plan.fused else None
-    plain = len(plans) == 1 and plan.target.kind == "teacher"
-    tempered_pld = plan.temperature != 1.0 and is_pld(plan.terms[0])
+    plain = len(plans) == 1 and plan.target.kind == "teacher" and not plan.coupled
+    tempered_pld = plan.temperature != 1.0 and any(map(is_pld, plan.terms))
     return getattr(ops, "SCALES", False) and plain and not tempered_pld
 
 
@@ -179,9 +190,12 @@ def _run_plan(
     want_grad: bool,
 ) -> ChunkLoss:
     if plan.temperature != 1.0 and not plan.inline:
-        for x in (t, base) if is_pld(plan.terms[0]) else (s, t, base):
+        for x in (t, base) if any(map(is_pld, plan.terms)) else (s, t, base):
             if x is not None:
                 x.div_(plan.temperature)
     if t is not None:
         apply_target_(plan.target, t, base, batch.labels, plan.shard)
+    if plan.coupled:
+        assert t is not None
+        return sinkhorn_chunk(plan, s, t, weights, want_grad)
     return run_chunk(plan, s, t, batch, weights, want_grad)

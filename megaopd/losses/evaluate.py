@@ -236,9 +236,10 @@ def _listed(loss: ListLoss, scale: Tensor, coefs: Coefs, extra: Contributions) -
 
 def _sampled(term: Sampled, facts: Evaluation) -> tuple[Tensor, Tensor]:
     known = ESTIMATORS[term.estimator].inputs if term.estimator in ESTIMATORS else facts.inputs
-    inputs = {
-        name: x for name, x in facts.inputs.items() if name in known and name not in term.without
-    }
+    given = dict(facts.inputs)
+    if term.advantage != "advantage":
+        given["advantage"] = given[term.advantage]
+    inputs = {name: x for name, x in given.items() if name in known and name not in term.without}
     if term.baseline is not None:
         inputs["baseline"] = _baseline(term.baseline, facts)
     return sampled_terms(

@@ -344,7 +344,8 @@ def _check_inputs(terms: Sequence[Term], inputs: Mapping[str, Tensor]) -> None:
         if isinstance(term, Divergence) and term.variant == "sampled_tail":
             known.add("old_log_prob")
         if isinstance(term, Sampled) and term.estimator in ESTIMATORS:
-            known |= PER_TOKEN & set(ESTIMATORS[term.estimator].inputs)
+            names = PER_TOKEN & set(ESTIMATORS[term.estimator].inputs)
+            known |= {term.advantage if n == "advantage" else n for n in names}
     unknown = sorted(set(inputs) - known)
     if unknown:
         raise UserError(

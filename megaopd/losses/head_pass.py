@@ -51,6 +51,8 @@ class HeadPass:
 
     def chunks(self, local_rows: int) -> list[slice]:
         step = max(1, self.engine.chunk_size // self.ranks)
+        if self.engine.coupled and local_rows:  # a chunk of few rows would be another loss
+            step = -(-local_rows // -(-local_rows // step))
         return [slice(a, min(a + step, local_rows)) for a in range(0, local_rows, step)]
 
     def take(self, full: Tensor, rows: slice) -> Tensor:

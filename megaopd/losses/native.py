@@ -47,7 +47,7 @@ class NativeBlocks:
         self.scaling: dict[str, Any] = {}
         if plan.inline:
             self.scaling = {"softcap": plan.softcap, "inv_temperature": 1.0 / plan.temperature}
-        term = plan.terms[0]
+        term = plan.terms[0] if plan.terms else None  # none: statistics alone
         # One pass for all, where the kernels have it and no other shard or term takes part.
         fused = want_grad and plan.complete and hasattr(ops, "complete_") and term.kind in KINDS  # pyright: ignore
         self.whole = term if fused and isinstance(term, Divergence) else None

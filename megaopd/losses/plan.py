@@ -18,6 +18,7 @@ from megaopd.losses.terms import (
     Divergence,
     Entropy,
     Sampled,
+    Sinkhorn,
     Target,
     Term,
     check_positive,
@@ -119,6 +120,11 @@ class Plan:
         return alone and self.lists is None and bool(self.full)
 
     @property
+    def coupled(self) -> bool:
+        """Its one term is no sum over the chunk's rows: sinkhorn.py."""
+        return any(isinstance(term, Sinkhorn) for term in self.terms)
+
+    @property
     def uses_labels(self) -> bool:
         label_terms = any(isinstance(t, CrossEntropy | Sampled) for t in self.terms)
         variants = {t.variant for t in self.terms if isinstance(t, Divergence)}
@@ -180,7 +186,7 @@ def make_plans(
     that needs labels or a teacher that is not there, or more of it than is known.
     """
     plans: list[Plan] = []
-    order = sorted(range(len(terms)), key=lambda i: not isinstance(terms[i], Divergence))
+    order = sorted(range(len(terms)), key=lambda i: not isinstance(terms[i], Divergence | Sinkhorn))
     for i in order:
         term = terms[i].resolved() if isinstance(terms[i], Divergence) else terms[i]  # pyright: ignore
         _check_inputs(term, has_teacher or known is not None, has_labels)
@@ -198,12 +204,14 @@ def make_plans(
                 )
                 break
         else:
-            target = term.target if isinstance(term, Divergence) else Target()
+            target = term.target if isinstance(term, Divergence | Sinkhorn) else Target()
             plans.append(
                 Plan((term,), (i,), shard, _temperature(term), target, lists,
                      has_teacher=has_teacher, has_labels=has_labels, known=known)
             )  # fmt: skip
     if stats:
+        if plans[0].coupled:  # which computes nothing but itself; the statistics are of its laws
+            plans.insert(0, replace(plans[0], terms=(), rows=()))
         plan = plans[0]
         lists = plan.lists
         if stats_k is not None and lists is None and has_teacher:
@@ -213,6 +221,8 @@ def make_plans(
 
 
 def _fits(term: Term, lists: Lists | None, plan: Plan) -> bool:
+    if isinstance(term, Sinkhorn) or plan.coupled:
+        return False
     if _temperature(term) != plan.temperature:
         return False
     if isinstance(term, Divergence) and term.target != plan.target:
@@ -248,7 +258,7 @@ def _term_moments(term: Term) -> set[str]:
 
 
 def _check_inputs(term: Term, has_teacher: bool, has_labels: bool) -> None:
-    needs_teacher = isinstance(term, Divergence | Sampled)
+    needs_teacher = isinstance(term, Divergence | Sampled | Sinkhorn)
     if needs_teacher and not has_teacher and not _is_reward_only(term):
         raise UserError(
             f"{type(term).__name__} without a teacher",
@@ -262,7 +272,7 @@ def _check_inputs(term: Term, has_teacher: bool, has_labels: bool) -> None:
             expected="labels [T], the sampled or supervised token of each row",
             fix="pass labels",
         )
-    one_hot = isinstance(term, Divergence) and term.target.kind == "one_hot"
+    one_hot = isinstance(term, Divergence | Sinkhorn) and term.target.kind == "one_hot"
     if one_hot and not has_labels:
         raise UserError("target 'one_hot' without labels", expected="labels [T]", fix="pass labels")
 
@@ -280,7 +290,7 @@ def _on_list_only(term: Term) -> bool:
 
 
 def _temperature(term: Term) -> float:
-    return term.temperature if isinstance(term, Divergence | CrossEntropy | Entropy) else 1.0
+    return 1.0 if isinstance(term, Sampled) else term.temperature
 
 
 def _squared(term: Term) -> bool:

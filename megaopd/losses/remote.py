@@ -32,7 +32,7 @@ from torch import Tensor
 
 from megaopd.errors import UserError
 from megaopd.losses.blocks import Norm
-from megaopd.losses.terms import Divergence, Sampled, Target, Term
+from megaopd.losses.terms import Divergence, Sampled, Sinkhorn, Target, Term
 from megaopd.losses.topk import MASKED, Head, contains, global_lists, take_out_
 from megaopd.losses.vocab_parallel import all_reduce_sum_
 
@@ -220,6 +220,12 @@ def check_known(term: Term, known: Known, vocab: int, has_labels: bool) -> None:
     Raises:
         UserError: with what the term needs.
     """
+    if isinstance(term, Sinkhorn):
+        raise UserError(
+            "Sinkhorn with a teacher known on a list",
+            expected="a teacher on the same ranks: it compares whole laws",
+            fix="give the teacher's hidden states and output weight",
+        )
     if isinstance(term, Divergence):
         _check_divergence(term, known, vocab)
         if term.kind == "pld" and has_labels:

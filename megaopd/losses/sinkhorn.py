@@ -9,8 +9,15 @@ Rows are tokens. With P_i = softmax(z_s,i / tau), Q_j = softmax(z_t,j / tau) of 
 Gradient, through all iterations: with G = dL/dW [N, N] and u_i(v) = sum_j G_ij sign(P_i - Q_j)(v),
 dL/dz_i = P_i (u_i - <P_i, u_i>) / tau, sign(0) = 0. Normaliser: the number of rows, no tau^2.
 
-The plan couples the rows of a chunk, so the loss is not a sum over tokens: the chunks are drawn
-from a seed, the same on every tensor-parallel rank, and rows never meet across data-parallel ranks.
+The plan couples the rows of a chunk, so the loss is not a sum over tokens: the chunks of
+sinkhorn_divergence are drawn from a seed, the same on every tensor-parallel rank, and rows never
+meet across data-parallel ranks. In the pass over the output layer (sinkhorn_chunk) they are the
+chunks of that pass, and a token has a value and a weight of its own:
+
+    L_i = sum_j Pi_ij W_ij,   loss = sum_i w_i L_i,   G = d loss / dW through all iterations
+
+With equal weights that is L times the weight. A token of weight 0 is not among the rows: neither
+the student's nor the teacher's law of it is matched with others.
 Collectives a chunk of C rows: MAX[2, C], SUM[2, C], SUM[C, C], and SUM[C] for the gradient, all in
 forward. Memory: P and Q of one chunk, blocks of C*C*v numbers, and the gradient in the logits'
 type. Time C V/R numbers a token. Source: SinKD (arXiv 2402.17110).
@@ -25,6 +32,9 @@ import torch
 from torch import Tensor
 
 from megaopd.errors import UserError
+from megaopd.losses.chunk import ChunkLoss
+from megaopd.losses.plan import Plan
+from megaopd.losses.terms import Sinkhorn
 from megaopd.losses.vocab_parallel import Group, Shard, all_reduce_max_, all_reduce_sum_
 
 # Numbers in a [C, C, v] block: 16 MB in fp32.
@@ -121,8 +131,8 @@ class _Sinkhorn(torch.autograd.Function):
         valid = transport.shard.valid
         for rows in chunks:
             logits = [x[rows, :valid].to(dtype) for x in (student, teacher)]
-            loss, dz = _one_chunk(logits[0], logits[1], transport, wants_gradient)
-            total += loss
+            values, dz = _one_chunk(logits[0], logits[1], transport, wants_gradient)
+            total += values.sum()
             if grad is not None and dz is not None:
                 grad[rows, :valid] = dz.div_(denominator).to(grad.dtype)
         ctx.save_for_backward(grad)
@@ -134,10 +144,36 @@ class _Sinkhorn(torch.autograd.Function):
         return (None if grad is None else grad * grads[0].to(grad.dtype), *[None] * 5)
 
 
+def sinkhorn_chunk(plan: Plan, s: Tensor, t: Tensor, weights: Tensor, want_grad: bool) -> ChunkLoss:
+    """The only term of `plan`, a Sinkhorn, on scaled logits s, t [C, Vp]; weights [1, C].
+
+    Token weights are in the gradient.
+    """
+    (term,) = plan.terms
+    assert isinstance(term, Sinkhorn)
+    values, grad = torch.zeros_like(weights), torch.zeros_like(s) if want_grad else None
+    rows = weights[0].nonzero()[:, 0]
+    if len(rows):
+        # The logits are divided by the temperature already.
+        transport = Transport(1.0, term.epsilon, term.iterations, False, plan.shard)
+        own, dz = _one_chunk(s[rows], t[rows], transport, want_grad, weights[0, rows])
+        values[0, rows] = own.to(values.dtype)
+        if grad is not None and dz is not None:
+            grad[rows] = dz.div_(term.temperature)
+    return ChunkLoss(values, {}, grad)
+
+
 def _one_chunk(
-    student_CV: Tensor, teacher_CV: Tensor, transport: Transport, wants_gradient: bool
+    student_CV: Tensor,
+    teacher_CV: Tensor,
+    transport: Transport,
+    wants_gradient: bool,
+    weights_C: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(L of the chunk, dL/dz of the local ids or None). student_CV and teacher_CV are consumed."""
+    """(L_i of the chunk's rows [C], d sum_i w_i L_i / dz of the local ids or None).
+
+    weights_C: w, else 1. student_CV and teacher_CV are consumed.
+    """
     p, q = _softmax_pair(student_CV, teacher_CV, transport)
     cost = torch.zeros(len(p), len(q), dtype=p.dtype, device=p.device)
     for ids in _blocks(p):
@@ -146,16 +182,17 @@ def _one_chunk(
     with torch.enable_grad():
         cost.requires_grad_(wants_gradient)
         plan = transport_plan(cost, transport.epsilon, transport.iterations)
-        loss = ((plan.detach() if transport.envelope else plan) * cost).sum()
+        values = ((plan.detach() if transport.envelope else plan) * cost).sum(1)
+        loss = (values if weights_C is None else values * weights_C.double()).sum()
     if not wants_gradient:
-        return loss, None
+        return values, None
     (by_cost,) = torch.autograd.grad(loss, cost)
     by_law = torch.empty_like(p)
     for ids in _blocks(p):
         signs = (p[:, None, ids] - q[None, :, ids]).sign_()
         by_law[:, ids] = torch.bmm(by_cost.to(p.dtype)[:, None], signs)[:, 0]
     dot = all_reduce_sum_((p * by_law).sum(1), transport.shard.group)
-    return loss.detach(), by_law.sub_(dot[:, None]).mul_(p).div_(transport.temperature)
+    return values.detach(), by_law.sub_(dot[:, None]).mul_(p).div_(transport.temperature)
 
 
 def transport_plan(cost_NN: Tensor, epsilon: float, iterations: int) -> Tensor:

@@ -218,7 +218,8 @@ class Sampled:
 
     options: the estimator's numbers; its per-token inputs (advantage, old_log_prob, ...) come with
     the batch. baseline: for vopd, computed in the same pass: value, topk, unnorm (these two on the
-    student's top-k) or optimal. without: inputs of the batch that are another term's.
+    student's top-k) or optimal. without: inputs of the batch that are another term's. advantage:
+    name of the input that is its advantage, where another term has one too.
     """
 
     estimator: str
@@ -226,6 +227,7 @@ class Sampled:
     baseline: str | None = None
     k: int | None = None
     without: tuple[str, ...] = ()
+    advantage: str = "advantage"
 
     def __post_init__(self) -> None:
         if self.baseline not in (None, "value", "topk", "unnorm", "optimal"):
@@ -242,7 +244,25 @@ class Sampled:
             )
 
 
-Term = Divergence | CrossEntropy | Entropy | Sampled
+@dataclass(frozen=True, kw_only=True)
+class Sinkhorn:
+    """How far the student's laws of a chunk of tokens are from the target's: sinkhorn.py.
+
+    A chunk of the pass is what one transport plan couples: it is no sum over tokens, and its terms
+    are those of the student's tokens, sum_j Pi_ij W_ij. No temperature^2.
+    """
+
+    temperature: float = 2.0
+    epsilon: float = 0.1  # of the plan's entropy
+    iterations: int = 20
+    target: Target = field(default_factory=Target)
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "epsilon", "iterations"):
+            check_positive(name, getattr(self, name))
+
+
+Term = Divergence | CrossEntropy | Entropy | Sampled | Sinkhorn
 
 
 def divergence_term(stats: bool, k: int | None, **options: Any) -> tuple[Divergence, int | None]:

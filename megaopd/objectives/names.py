@@ -9,10 +9,12 @@ DIVERGENCES = [
     "rkl", "fkl", "jsd", "skew_fkl", "skew_rkl", "tv", "hellinger", "jeffreys", "chi2",
     "softened_rkl", "alpha", "bdkd", "pld", "kl_top",
 ]  # fmt: skip
+# Divergences of all tokens of a chunk at once.
+COUPLED = ("sinkd",)
 # Estimators on the sampled token that need no rewards.
 ESTIMATORS = ["k1_reward", "k2", "k3", "k3pp", "k5", "pg", "vopd", "f_pg"]
 # rapo: forward KL from a reference that is tempered where the reward is low. none: only `rl`.
-LOSSES = [*DIVERGENCES, *ESTIMATORS, "rapo", "sft", "none"]
+LOSSES = [*DIVERGENCES, *COUPLED, *ESTIMATORS, "rapo", "sft", "none"]
 
 SUPPORTS = ("full", "student_topk", "teacher_topk", "intersection")
 VARIANTS = ("tail", "sg", "renorm", "unnorm", "intersect", "sampled_tail")
@@ -58,11 +60,7 @@ REFUSED: dict[str, tuple[str, str]] = {
         "it acts on stored samples of the initial policy, beside the loss",
         "set objective.replay=dph_forward (or dph_js, dph_alpha) and [mix]",
     ),
-    "sinkd": (
-        "its transport plan couples the tokens of a chunk: it is no sum over tokens, and the pass "
-        "over the output layer computes sums over tokens",
-        "take objective.loss=tv, which it equals for one token",
-    ),
+    "sinkhorn": ("it is called sinkd", "set objective.loss=sinkd"),
 }
 REFUSED |= {
     "rlad": REFUSED["trrd"],
@@ -70,7 +68,6 @@ REFUSED |= {
     "dph_forward": REFUSED["dph"],
     "dph_js": REFUSED["dph"],
     "dph_alpha": REFUSED["dph"],
-    "sinkhorn": REFUSED["sinkd"],
 }
 
 
@@ -83,6 +80,8 @@ def variants(kind: str, support: str) -> tuple[str, ...]:
         return ("none",) if support == "teacher_topk" else ()
     if kind == "kl_top":
         return ("renorm", "tail") if support == "teacher_topk" else ()
+    if kind in COUPLED:
+        return ("none",) if support == "full" else ()
     if kind == "bdkd":
         return ("soft", "hard") if support == "full" else ()
     if support == "full":

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megaopd.objectives.names import (
+    COUPLED,
     DEFAULT_BASELINE,
     DEFAULT_BASELINE_K,
     DEFAULT_K,
@@ -49,11 +50,12 @@ class ObjectiveConfig:
         "", "tail", "sg", "renorm", "unnorm", "intersect", "sampled_tail", "soft", "hard"
     ] = ""
     alpha: float = 0.0  # of skew_fkl, skew_rkl, alpha and bdkd's hard gate; 0: its default
-    beta: float = 0.0  # of jsd and bdkd's soft gate; 0: its default
+    beta: float = 0.0  # of jsd, bdkd's soft gate and sinkd's plan (epsilon); 0: its default
     # The law that the student is pulled to; geometric and linear mix the teacher with [reference].
     target: Literal["teacher", "geometric", "tempered", "linear", "one_hot"] = "teacher"
     # tempered: the teacher's exponent; others: its share of the target, geometric above 1 too.
     target_weight: float = 1.0
+    target_steps: int = 0  # in so many steps the weight rises from 0, in a line; 0: it is constant
     f_kind: Literal[
         "", "rkl", "fkl", "js", "softened_rkl", "hellinger", "jeffreys", "tv", "chi2"
     ] = ""  # the f-divergence that f_pg estimates
@@ -71,14 +73,19 @@ class ObjectiveConfig:
     second_loss: str = ""  # takes the place of the loss from a step on, in the same setting
     second_from: int = 0  # that step
     # Samples that the loss looks at (KDRL): those with a reward below 1, or in whose group no
-    # sample has reward 1. "": all of them.
-    only: Literal["", "wrong", "unsolved"] = ""
+    # sample has reward 1; right: with reward 1. "": all of them.
+    only: Literal["", "wrong", "unsolved", "right"] = ""
     # Factor of a sample in the loss; pass_rate: p (1 - p) of its group's, 1 in the mean (PACED).
     weigh: Literal["", "pass_rate"] = ""
     low_power: float = 0.5  # rapo: exponent of the reference where the reward is 0
+    # Beside a loss of reverse KL, whose next token it looks at, a policy gradient on the log-ratios
+    # of the tokens after it (MiniLLM), with the loss's factor: on their mean, or on their sum, with
+    # which the gradient is that of the whole sequences' KL. Costs one more forward pass.
+    returns: Literal["", "mean", "sum"] = ""
     # A policy gradient on rewards beside the loss. ppo: clipped ratio, as GRPO; trrd: RLAD's, whose
-    # ratio is to the old policy's and the teacher's geometric mean.
-    rl: Literal["", "ppo", "trrd"] = ""
+    # ratio is to the old policy's and the teacher's geometric mean; dpg: on the sample's weight
+    # under the posterior teacher x exp(reward / reward_scale); the teacher is the initial policy.
+    rl: Literal["", "ppo", "trrd", "dpg"] = ""
     rl_coef: float = 1.0  # its factor
     # From rewards: group: (r - mean) / std of the prompt's samples; centred: r - mean; reward: r.
     advantage: Literal["group", "centred", "reward"] = "group"
@@ -86,6 +93,7 @@ class ObjectiveConfig:
     rl_clip_high: float = 0.28  # and at 1 + rl_clip_high
     dual_clip: float = 3.0  # of the ratio where the advantage is negative
     mix: float = 0.5  # trrd: the old policy's share of the mean
+    reward_scale: float = 0.05  # dpg: rewards are divided by it
     # What is asked of samples that are not to be forgotten ([mix]), with the teacher as the law
     # that sampled them: KL(teacher || student), twice the Jensen-Shannon one, or alpha's.
     replay: Literal["", "dph_forward", "dph_js", "dph_alpha"] = ""
@@ -94,7 +102,9 @@ class ObjectiveConfig:
     entropy_coef: float = 0.0  # of the student's entropy as a bonus: it is subtracted
     stats_k: int = 0  # length of a list of its own for masses, overlap and ranks; 0: none
     i_know_biased: bool = False  # allows variant = unnorm, which drives mass out of the support
-    chunk_size: int = 0  # tokens whose logits exist at once; 0: chosen for the device
+    # Tokens whose logits exist at once; 0: chosen for the device. sinkd: those that it couples,
+    # 0: 128.
+    chunk_size: int = 0
 
     def __post_init__(self) -> None:
         check(self)
@@ -106,7 +116,7 @@ class ObjectiveConfig:
 
     @property
     def is_divergence(self) -> bool:
-        return self.loss in DIVERGENCES
+        return self.loss in (*DIVERGENCES, *COUPLED)
 
     @property
     def is_sampled(self) -> bool:
@@ -120,12 +130,17 @@ class ObjectiveConfig:
 
     @property
     def needs_teacher(self) -> bool:
-        return self.distils or self.rl == "trrd" or bool(self.replay)
+        return self.distils or self.rl in ("trrd", "dpg") or bool(self.replay)
 
     @property
     def on_policy(self) -> bool:
         """Whether the student samples what it is trained on."""
         return self.loss != "sft"
+
+    @property
+    def needs_sequences(self) -> bool:
+        """Both models' log-probs of whole sequences before the update."""
+        return bool(self.returns) or self.rl == "dpg"
 
     @property
     def needs_rewards(self) -> bool:
@@ -138,8 +153,8 @@ class ObjectiveConfig:
         return bool(groups or self.weigh or self.only == "unsolved")
 
     def at(self, step: int) -> "ObjectiveConfig":
-        """The objective of step number `step` (from 0): its loss and factor. Of the step alone, so
-        that a resumed run goes on as it would have."""
+        """The objective of step number `step` (from 0): its loss, factor and target. Of the step
+        alone, so that a resumed run goes on as it would have."""
         now = self
         if self.second_loss and step >= self.second_from:
             now = replace(now, loss=self.second_loss, second_loss="", second_from=0)
@@ -147,6 +162,10 @@ class ObjectiveConfig:
             share = min(step / self.coef_steps, 1.0)
             coef = self.coef + share * (self.coef_end - self.coef)
             now = replace(now, coef=coef, coef_end=0.0, coef_steps=0)
+        if self.target_steps:
+            # Never 0: a target without the teacher would be another loss.
+            weight = self.target_weight * min((step + 1) / self.target_steps, 1.0)
+            now = replace(now, target_weight=weight, target_steps=0)
         return now
 
     @property

@@ -10,10 +10,12 @@ def warnings(
     top_p: float,
     top_k: int,
     mixed: bool = False,
+    answers: bool = False,
 ) -> list[str]:
     """What is allowed and still likely to surprise; the arguments are the sampling law's.
 
-    mixed: whether samples of others are there for objective.sft_coef.
+    mixed: whether samples of others are there for objective.sft_coef. answers: whether the loss is
+    taken on the data's answers alone.
 
     The reasons count for one optimizer step per rollout, on samples of the student.
     """
@@ -37,9 +39,11 @@ def warnings(
             "ratio to the sampling weights is 1"
         )
     own = "on the student's own samples, whose likelihood has expected gradient 0 (sampling noise)"
+    if answers:
+        return found
     if o.sft_coef and not mixed:
         found.append(f"objective.sft_coef = {o.sft_coef} acts {own}")
-    if o.target == "one_hot":
+    if o.target == "one_hot" and o.only != "right":
         found.append(f"objective.target = one_hot puts mass on labels that are {own}")
     return found
 

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
-from megaopd.losses import CrossEntropy, Divergence, Entropy, Sampled, Target
+from megaopd.losses import CrossEntropy, Divergence, Entropy, Sampled, Sinkhorn, Target
 from megaopd.losses.terms import Term
 from megaopd.objectives.spec import ObjectiveConfig
 
 # Names of the terms, which are also those of the loss families: each has its own token weights and
-# denominator. distill_low: rapo's part on the tempered reference.
-TERMS = ("distill", "distill_low", "rl", "sft", "replay", "entropy")
+# denominator. distill_low: rapo's part on the tempered reference; returns: what a loss on the next
+# token leaves out.
+TERMS = ("distill", "distill_low", "returns", "rl", "sft", "replay", "entropy")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class WeightedTerm:
 def make_terms(objective: ObjectiveConfig) -> dict[str, WeightedTerm]:
     """The terms of an objective by name, of TERMS, in their order; it minimises their sum."""
     o, terms = objective, dict[str, WeightedTerm]()
-    if o.is_divergence:
+    if o.loss == "sinkd":
+        terms["distill"] = WeightedTerm(_sinkhorn(o), o.coef)
+    elif o.is_divergence:
         terms["distill"] = WeightedTerm(_divergence(o), o.coef)
     elif o.is_sampled:
         terms["distill"] = WeightedTerm(_sampled(o), o.coef)
@@ -34,6 +37,10 @@ def make_terms(objective: ObjectiveConfig) -> dict[str, WeightedTerm]:
         low = Target(kind="tempered", weight=o.low_power)
         terms["distill"] = WeightedTerm(Divergence(kind="fkl"), o.coef)
         terms["distill_low"] = WeightedTerm(Divergence(kind="fkl", target=low), o.coef)
+    if o.returns:
+        # One optimizer step per rollout: the ratio to the sampling weights is 1, and never clipped.
+        long = Sampled(estimator="ppo", advantage="returns")
+        terms["returns"] = WeightedTerm(long, o.coef)
     if o.rl:
         terms["rl"] = WeightedTerm(_policy_gradient(o), o.rl_coef)
     if o.loss == "sft":
@@ -60,6 +67,11 @@ def _divergence(o: ObjectiveConfig) -> Divergence:
     )
 
 
+def _sinkhorn(o: ObjectiveConfig) -> Sinkhorn:
+    target = Target(kind=o.target, weight=o.target_weight)
+    return Sinkhorn(temperature=o.temperature, epsilon=o.beta or 0.1, target=target)
+
+
 def _sampled(o: ObjectiveConfig) -> Sampled:
     numbers = {"clip_low": o.clip_low, "clip_high": o.clip_high, "cap": o.cap, "kind": o.f_kind}
     return Sampled(
@@ -72,6 +84,8 @@ def _sampled(o: ObjectiveConfig) -> Sampled:
 
 
 def _policy_gradient(o: ObjectiveConfig) -> Sampled:
+    if o.rl == "dpg":
+        return Sampled(estimator="ppo")
     options = {
         "clip_low": o.rl_clip_low,
         "clip_high": o.rl_clip_high,

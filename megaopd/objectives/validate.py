@@ -20,6 +20,7 @@ from megaopd.errors import UserError
 from megaopd.objectives.names import (
     CAPPED,
     CLIPPED,
+    COUPLED,
     DEFAULT_K,
     DIVERGENCES,
     ESTIMATORS,
@@ -30,6 +31,7 @@ from megaopd.objectives.names import (
     variants,
 )
 from megaopd.objectives.presets import check_preset
+from megaopd.objectives.sequences import check_sequences
 
 if TYPE_CHECKING:
     from megaopd.objectives.spec import ObjectiveConfig
@@ -55,11 +57,11 @@ def needs(objective: "ObjectiveConfig") -> Needs:
     """What `objective` needs."""
     o = objective
     labels = o.is_sampled or o.loss == "sft" or o.sft_coef > 0 or bool(o.rl or o.replay)
-    labels |= o.variant == "sampled_tail" or o.target == "one_hot"
+    labels |= o.variant == "sampled_tail" or o.target == "one_hot" or bool(o.returns)
     return Needs(
         teacher=o.needs_teacher,
         labels=labels,
-        old_log_prob_pass=o.tis != "off",
+        old_log_prob_pass=o.tis != "off" or o.needs_sequences,
         statistics_pass=o.tis in ("mask", "reject"),
         rewards=o.needs_rewards,
         payloads=_payloads(o),
@@ -70,6 +72,8 @@ def _payloads(o: "ObjectiveConfig") -> tuple[str, ...]:
     if not o.needs_teacher:
         return PAYLOADS
     if o.stats_k or o.target in ("tempered", "geometric", "linear") or o.loss == "rapo":
+        return ("hidden",)
+    if o.rl == "dpg":  # a token that servers leave out would leave a hole in its sequence
         return ("hidden",)
     if o.is_divergence:
         return ("hidden",) if o.resolved_support == "full" else ("hidden", "topk")
@@ -94,6 +98,7 @@ def check(objective: "ObjectiveConfig") -> None:
         _check_target(objective)
     _check_sampled(objective)
     _check_rewards(objective)
+    check_sequences(objective)
     _check_statistics(objective)
     if objective.second_loss:
         objective.at(objective.second_from)  # checks itself
@@ -154,8 +159,8 @@ def _check_numbers(o: "ObjectiveConfig") -> None:
     for name in (
         "k", "baseline_k", "stats_k", "chunk_size", "alpha", "beta", "clip_low", "clip_high",
         "cap", "sft_coef", "entropy_coef", "target_weight", "coef", "coef_end", "coef_steps",
-        "second_from", "low_power", "rl_coef", "rl_clip_low", "rl_clip_high", "dual_clip", "mix",
-        "replay_coef",
+        "target_steps", "second_from", "low_power", "rl_coef", "rl_clip_low", "rl_clip_high",
+        "dual_clip", "mix", "replay_coef", "reward_scale",
     ):  # fmt: skip
         value = getattr(o, name)
         if not 0 <= value < float("inf"):
@@ -171,10 +176,11 @@ _USERS: dict[str, tuple[Callable[["ObjectiveConfig"], bool], str]] = {
     "support": (_takes(DIVERGENCES), "a divergence"),
     "k": (_takes(DIVERGENCES), "a divergence"),
     "variant": (_takes(DIVERGENCES), "a divergence"),
-    "target": (_takes(DIVERGENCES), "a divergence"),
+    "target": (lambda o: o.is_divergence or o.loss in COUPLED, "a divergence"),
     "target_weight": (lambda o: o.target != "teacher", "a target other than 'teacher'"),
+    "target_steps": (lambda o: o.target != "teacher", "a target other than 'teacher'"),
     "alpha": (lambda o: _parameter(o) == "alpha", "skew_fkl, skew_rkl, alpha and bdkd hard"),
-    "beta": (lambda o: _parameter(o) == "beta", "jsd and bdkd soft"),
+    "beta": (lambda o: _parameter(o) == "beta", "jsd, bdkd soft and sinkd"),
     "f_kind": (_takes(["f_pg"]), "f_pg"),
     "baseline": (_takes(["vopd"]), "vopd"),
     "baseline_k": (lambda o: o.resolved_baseline_k > 0, "vopd's baselines topk and unnorm"),
@@ -189,12 +195,14 @@ _USERS: dict[str, tuple[Callable[["ObjectiveConfig"], bool], str]] = {
     "only": (lambda o: o.distils, "a loss that compares with a teacher"),
     "weigh": (lambda o: o.distils, "a loss that compares with a teacher"),
     "low_power": (_takes(["rapo"]), "rapo"),
+    "returns": (lambda o: o.distils, "a loss that compares with a teacher"),
     "rl_coef": (lambda o: bool(o.rl), "objective.rl"),
-    "advantage": (lambda o: bool(o.rl), "objective.rl"),
-    "rl_clip_low": (lambda o: bool(o.rl), "objective.rl"),
-    "rl_clip_high": (lambda o: bool(o.rl), "objective.rl"),
-    "dual_clip": (lambda o: bool(o.rl), "objective.rl"),
+    "advantage": (lambda o: o.rl in ("ppo", "trrd"), "objective.rl = ppo and trrd"),
+    "rl_clip_low": (lambda o: o.rl in ("ppo", "trrd"), "objective.rl = ppo and trrd"),
+    "rl_clip_high": (lambda o: o.rl in ("ppo", "trrd"), "objective.rl = ppo and trrd"),
+    "dual_clip": (lambda o: o.rl in ("ppo", "trrd"), "objective.rl = ppo and trrd"),
     "mix": (lambda o: o.rl == "trrd", "objective.rl = trrd"),
+    "reward_scale": (lambda o: o.rl == "dpg", "objective.rl = dpg"),
     "replay_coef": (lambda o: bool(o.replay), "objective.replay"),
     "sft_coef": (
         lambda o: o.loss != "sft" and o.passes_labels,
@@ -265,6 +273,8 @@ def _why_not(o: "ObjectiveConfig") -> str:
 
 
 def _parameter(o: "ObjectiveConfig") -> str:
+    if o.loss in COUPLED:
+        return "beta"
     if o.loss == "bdkd":
         return "alpha" if o.variant == "hard" else "beta"
     return PARAMETER.get(o.loss, "")
@@ -272,7 +282,7 @@ def _parameter(o: "ObjectiveConfig") -> str:
 
 def _check_parameters(o: "ObjectiveConfig") -> None:
     name = _parameter(o)
-    if name and o.loss != "bdkd" and getattr(o, name) >= 1:
+    if name and o.loss not in ("bdkd", *COUPLED) and getattr(o, name) >= 1:
         raise UserError(
             f"objective.{name} = {getattr(o, name)} with objective.loss = {o.loss}",
             expected=f"0 < {name} < 1 (0: its default)",

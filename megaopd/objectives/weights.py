@@ -14,7 +14,9 @@ from megaopd.errors import UserError
 from megaopd.objectives.spec import ObjectiveConfig
 
 LEAST_STD = 1e-8  # of a group's rewards; below it they say nothing
-ROLLOUT_TERMS: tuple[str, ...] = ("distill", "distill_low", "rl", "sft", "entropy")
+ROLLOUT_TERMS: tuple[str, ...] = (
+    "distill", "distill_low", "returns", "rl", "sft", "entropy",
+)  # fmt: skip
 
 
 def weigh(
@@ -46,7 +48,8 @@ def weigh(
             del weights["sft"]
         group = [samples[j].reward or 0.0 for j in groups[sample.prompt.id]]
         _weigh_distillation(weights, o, sample.reward or 0.0, group, factors.get(i, 1.0))
-        advantage = _advantage(o, sample.reward or 0.0, group) if o.rl else 0.0
+        own = o.rl in ("ppo", "trrd")  # dpg's is of the whole sequence: trainer/sequences.py
+        advantage = _advantage(o, sample.reward or 0.0, group) if own else 0.0
         found.append(replace(sample, weights=weights, advantage=advantage))
     return found, _metrics(found, groups, o)
 
@@ -79,12 +82,13 @@ def _weigh_distillation(
     weights: dict[str, float], o: ObjectiveConfig, reward: float, group: list[float], factor: float
 ) -> None:
     """What the loss itself makes of a rollout; the terms beside it look at every one."""
-    left_out = {"wrong": reward >= 1.0, "unsolved": max(group) >= 1.0}
-    weights["distill"], weights["distill_low"] = factor, 0.0
+    left_out = {"wrong": reward >= 1.0, "unsolved": max(group) >= 1.0, "right": reward < 1.0}
+    weights["distill"] = weights["returns"] = factor
+    weights["distill_low"] = 0.0
     if o.loss == "rapo":
         weights["distill"], weights["distill_low"] = factor * reward, factor * (1.0 - reward)
     if left_out.get(o.only, False):
-        del weights["distill"], weights["distill_low"]
+        del weights["distill"], weights["distill_low"], weights["returns"]
 
 
 def _groups(samples: Sequence[Sample]) -> dict[str, list[int]]:

@@ -61,6 +61,7 @@ class MicroBatch:
     families: Mapping[str, Any] = field(default_factory=dict)
     sampled_T: Any = None  # [T] bool: of mask_T what the student sampled; None: all of it
     advantage_T: Any = None  # [T] float32: of each token's sample; None: no sample has one
+    returns_T: Any = None  # [T] float32: of what follows each token; on the last stage
 
     def term_weights(self, name: str = "", *, importance: bool) -> Any:
         """[T]: the token weights of a term, with importance weights where there are any."""

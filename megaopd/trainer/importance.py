@@ -15,20 +15,18 @@ from megaopd.losses.importance import tis_weights
 from megaopd.objectives.spec import ObjectiveConfig
 from megaopd.parallel import Grid, sum_from_last_stage
 from megaopd.trainer.batch import MicroBatch
-from megaopd.trainer.log_probs import token_log_probs
 
 
 def with_importance_weights(
-    model: Any,
-    output_weight: Any,
     grid: Grid,
     micro_batches: Sequence[MicroBatch],
+    log_probs: Sequence[Any],
     objective: ObjectiveConfig,
-    *,
-    vocab: int,
-    softcap: float | None = None,
 ) -> list[MicroBatch]:
     """The micro-batches with importance weights as objective.tis says; a collective.
+
+    Args:
+        log_probs: the student's own, of log_probs.token_log_probs.
 
     Denominators count the tokens that survive (METHODS 0.5): of the whole step with token-mean, of
     the sample with seq-mean-token-mean; the other reductions divide by no number of tokens.
@@ -45,18 +43,9 @@ def with_importance_weights(
             fix="set objective.tis=off",
         )
 
-    made = token_log_probs(
-        model,
-        output_weight,
-        grid,
-        micro_batches,
-        vocab=vocab,
-        chunk_size=objective.chunk_size or None,
-        softcap=softcap,
-    )
     micro_batches = [
         weigh(micro, old_T, objective, grid)
-        for micro, old_T in zip(micro_batches, made, strict=True)
+        for micro, old_T in zip(micro_batches, log_probs, strict=True)
     ]
     if objective.loss_agg != "token-mean":
         return micro_batches
@@ -76,35 +65,46 @@ def weigh(micro: MicroBatch, old_T: Any, objective: ObjectiveConfig, grid: Grid)
     old_T [T]: the trainer's log-probs; None off the last stage, where nothing is done.
     """
     import torch
-    import torch.distributed as dist
 
     if old_T is None:
         return micro
-    count, length = micro.table
-
-    def by_sample(x_T: Any) -> Any:
-        flat = x_T.new_zeros(count * length + 1)
-        flat[micro.slot_T] = x_T
-        table = flat[:-1].view(count, length)
-        if grid.cp_size > 1:
-            dist.all_reduce(table, group=grid.groups.cp)
-        return table
-
-    mask = by_sample(micro.mask_T.to(torch.int32)) > 0
+    mask = by_sample(micro.mask_T.to(torch.int32), micro, grid) > 0
     weight, found = tis_weights(
-        by_sample(old_T), by_sample(micro.rollout_log_probs_T), mask, mode=objective.tis
+        by_sample(old_T, micro, grid),
+        by_sample(micro.rollout_log_probs_T, micro, grid),
+        mask,
+        mode=objective.tis,
     )
     sums = weight.double().sum(), weight.double().square().sum()
     counted = (mask.any(1) if objective.tis in ("seq", "reject") else mask).sum().double()
     if objective.loss_agg == "seq-mean-token-mean":
         weight = weight * (mask.sum(1) / (weight > 0).sum(1).clamp_min(1))[:, None]
-    padded = torch.nn.functional.pad(weight.reshape(-1), (0, 1))
     sums = torch.stack([*sums, found["clip_fraction"].double() * counted, counted])
     return replace(
         micro,
-        importance_weights_T=micro.weights_T * padded[micro.slot_T].to(micro.weights_T),
+        importance_weights_T=micro.weights_T * by_token(weight, micro).to(micro.weights_T),
         importance_sums=sums / grid.cp_size,  # each context-parallel rank counts whole samples
     )
+
+
+def by_sample(x_T: Any, micro: MicroBatch, grid: Grid) -> Any:
+    """[T] of a micro-batch's rows -> [n, L] of its samples, of all context-parallel ranks."""
+    import torch.distributed as dist
+
+    count, length = micro.table
+    flat = x_T.new_zeros(count * length + 1)
+    flat[micro.slot_T] = x_T
+    table = flat[:-1].view(count, length)
+    if grid.cp_size > 1:
+        dist.all_reduce(table, group=grid.groups.cp)
+    return table
+
+
+def by_token(table_nL: Any, micro: MicroBatch) -> Any:
+    """Back: [n, L] -> [T], 0 at padding."""
+    import torch
+
+    return torch.nn.functional.pad(table_nL.reshape(-1), (0, 1))[micro.slot_T]
 
 
 def _scaled(micro: MicroBatch, factor: float) -> MicroBatch:

@@ -5,7 +5,7 @@ teacher chunk by chunk (losses/fused_head.py) and never holds full logits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -54,6 +54,11 @@ class FrozenLaw:
         if hidden is None:
             return None
         return OutputLayer(hidden, self.weight(micro), softcap=self.softcap(micro))
+
+    def held(self) -> "FrozenLaw":
+        """The same with all hidden states here, to be looked at more than once."""
+        hidden: list[Any] = [h() if callable(h) else h for h in self.hidden]
+        return replace(self, hidden=hidden)
 
 
 def run_schedule(
@@ -197,10 +202,15 @@ def _inputs(objective: ObjectiveConfig, micro: MicroBatch) -> dict[str, Any]:
     """What sampled terms take besides log-probs, [T] each."""
     import torch
 
-    if not objective.rl:
-        return {}
-    none = micro.advantage_T is None  # every group of the step has equal rewards
-    return {"advantage": torch.zeros_like(micro.weights_T) if none else micro.advantage_T}
+    def given(x_T: Any) -> Any:
+        return torch.zeros_like(micro.weights_T) if x_T is None else x_T
+
+    inputs = {}
+    if objective.rl:  # none: every group of the step has equal rewards
+        inputs["advantage"] = given(micro.advantage_T)
+    if objective.returns:  # none: the pass before the update was not made, as in an evaluation
+        inputs["returns"] = given(micro.returns_T)
+    return inputs
 
 
 def _token_sums(result: Any, micro: MicroBatch) -> Any:
@@ -279,12 +289,16 @@ def _metrics(
             metrics["log_ratio"] = means["student_log_prob"] - means["teacher_log_prob"]
             metrics["log_ratio_p99"] = _percentile(bins, 0.99)
             metrics["teacher_prefers"] = means["teacher_prefers"]
+    if objective.returns:
+        metrics["return"] = -means["returns"]
     if objective.loss == "sft" or objective.sft_coef:
         metrics["nll"] = means["sft"]
     if objective.replay:
         metrics["replay"] = means["replay"]
     if objective.coef_steps or objective.coef != 1.0:
         metrics["coef"] = objective.coef
+    if objective.target != "teacher":
+        metrics["target_weight"] = objective.target_weight
     metrics |= {name: means[name] for name in objective.statistics_of(micro.payload)}
     # At another temperature the engine's log-probs are of another law.
     if micro.has_rollout_log_probs and objective.passes_labels and objective.temperature == 1.0:

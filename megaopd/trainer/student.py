@@ -16,9 +16,10 @@ from megaopd.parallel import Grid
 from megaopd.trainer.batch import MicroBatch
 from megaopd.trainer.config import OptimConfig
 from megaopd.trainer.importance import with_importance_weights
-from megaopd.trainer.log_probs import sequence_log_probs
+from megaopd.trainer.log_probs import sequence_log_probs, token_log_probs
 from megaopd.trainer.optim import check_optimizer, make_optimizer, make_schedule, wrap_ddp
 from megaopd.trainer.pace import Pace
+from megaopd.trainer.sequences import with_sequences
 from megaopd.trainer.step import FrozenLaw, objective_pass
 from megaopd.trainer.teachers.base import BaseTeacher
 
@@ -112,16 +113,11 @@ class Student:
         """
         self.objective = self.objectives.at(step)
         laws = [_law(model, micro_batches) for model in (teacher, reference)]
+        told: dict[str, float] = {}
         if needs(self.objective).old_log_prob_pass:
-            micro_batches = with_importance_weights(
-                self.wrapped,
-                self.output_weight,
-                self.grid,
-                micro_batches,
-                self.objective,
-                vocab=self.vocab,
-                softcap=self.arch.final_softcap,
-            )
+            if laws[0] is not None and self.objective.needs_sequences:
+                laws[0] = laws[0].held()
+            micro_batches, told = self._look_ahead(micro_batches, laws[0])
         self.pace.begin()
         for ddp in self.wrapped:
             ddp.zero_grad_buffer()
@@ -132,7 +128,31 @@ class Student:
         done, grad_norm, _ = self.optimizer.step()
         assert done, "the optimizer skipped a step without loss scaling"
         self.schedule.step(increment=1)
-        return {**metrics, "grad_norm": float(grad_norm), "lr": float(lr)}
+        return {**metrics, **told, "grad_norm": float(grad_norm), "lr": float(lr)}
+
+    def _look_ahead(
+        self, micro_batches: Sequence[MicroBatch], teacher: FrozenLaw | None
+    ) -> tuple[Sequence[MicroBatch], dict[str, float]]:
+        """What the loss needs to know of the sampled tokens before the update, and its metrics."""
+        log_probs = token_log_probs(
+            self.wrapped,
+            self.output_weight,
+            self.grid,
+            micro_batches,
+            vocab=self.vocab,
+            chunk_size=self.objective.chunk_size or None,
+            softcap=self.arch.final_softcap,
+        )
+        told: dict[str, float] = {}
+        if self.objective.tis != "off":
+            micro_batches = with_importance_weights(
+                self.grid, micro_batches, log_probs, self.objective
+            )
+        if self.objective.needs_sequences:
+            micro_batches, told = with_sequences(
+                self.grid, micro_batches, log_probs, teacher, self.objective, vocab=self.vocab
+            )
+        return micro_batches, told
 
     def log_probs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
         """Of token_ids[1:], each given what stands before it, at temperature 1; a collective."""

@@ -14,7 +14,7 @@ from megaopd.losses.engine import LIST_STATS
 from megaopd.losses.importance import BASELINES, TIS_MODES
 from megaopd.losses.sampled import ESTIMATORS, F_KINDS
 from megaopd.objectives import names
-from megaopd.objectives.presets import NOT_YET, PRESETS
+from megaopd.objectives.presets import PRESETS
 from megaopd.objectives.spec import ObjectiveConfig
 from megaopd.objectives.surprises import warnings
 from megaopd.objectives.terms import make_terms
@@ -51,6 +51,9 @@ def every_objective():
     yield {"loss": "fkl", "target": "tempered", "target_weight": 0.5}
     yield {"loss": "rkl", "target": "one_hot", "target_weight": 0.8}
     yield {"loss": "pld", "temperature": 2.0, "entropy_coef": 0.1}
+    yield {"loss": "sinkd", "temperature": 2.0}
+    yield {"loss": "sinkd", "beta": 0.5, "chunk_size": 3, "stats_k": 4, "sft_coef": 0.2}
+    yield {"loss": "sinkd", "target": "tempered", "target_weight": 0.5}
     yield {"loss": "sft"}
     yield {"loss": "sft", "entropy_coef": 0.1}
     yield {"loss": "pg", "clip_low": 0.2, "clip_high": 0.28}
@@ -133,10 +136,12 @@ GROUPS = [*GOOD, "rollout.samples_per_prompt=4"]
 REPLAY = ["mix.kind=replay", "mix.source=responses.jsonl", "mix.per_step=4"]
 # What a method needs beside its preset.
 AROUND = {
-    **dict.fromkeys(("kdrl", "skill_sd", "rlad", "rapo", "paced", "posterior_rkl"), GROUPS),
+    **dict.fromkeys(("kdrl", "skill_sd", "rlad", "rapo", "paced"), GROUPS),
+    **dict.fromkeys(("posterior_rkl", "posterior_fkl"), GROUPS),
     "grpo": [one for one in GROUPS if not one.startswith("teacher")],
     "dph_f": [*GROUPS, *REPLAY],
     "dph_js": [*GROUPS, *REPLAY],
+    "pskd": [*GOOD, "mix.student_share=0"],
     "gopd": [*GOOD, "reference.path=base"],
 }
 
@@ -150,6 +155,7 @@ def test_every_preset_builds_and_is_described(name):
     assert config.objective == objective and config.warnings == []
     wanted = {"distill"} if objective.distils else set[str]()
     wanted |= {"distill_low"} if name == "rapo" else set()
+    wanted |= {"returns"} if objective.returns else set()
     wanted |= {"rl"} if objective.rl else set()
     wanted |= {"replay"} if objective.replay else set()
     wanted |= {"entropy"} if objective.entropy_coef else set()
@@ -206,15 +212,26 @@ def test_the_saved_config_of_a_preset_is_the_same_objective(tmp_path):
         (["second_loss=k9", "second_from=5"], "one of"),
         (["mix=0.2"], "objective.rl = trrd"),
         (["replay=dph_js"], "mix.source"),
+        (["loss=fkl", "returns=sum"], "reverse KL"),
+        (["second_loss=fkl", "second_from=3", "returns=sum"], "objective.loss = fkl"),
+        (["returns=sum", "temperature=2.0"], "temperature=1.0"),
+        (["target=tempered", "target_weight=0.5", "returns=sum"], "target=teacher"),
+        (["target_steps=5"], "a target other than"),
+        (["loss=none", "rl=dpg"], "samples_per_prompt = 1"),
+        (["rl=dpg"], "the teacher is the initial policy"),
+        (["loss=none", "rl=dpg", "reward_scale=0"], "above 0"),
+        (["loss=none", "rl=dpg", "advantage=reward"], "ppo and trrd"),
+        (["loss=none", "rl=ppo", "reward_scale=1"], "objective.rl = dpg"),
         # what cannot be configured
-        (["loss=sinkd"], "no sum over tokens"),
+        (["loss=sinkhorn"], "objective.loss=sinkd"),
+        (["loss=sinkd", "support=student_topk", "k=9"], "belongs to a divergence"),
+        (["loss=sinkd", "alpha=0.5"], "skew_fkl"),
         (["loss=rapo_paper"], "not the gradient"),
         (["loss=dph_js"], "initial policy"),
         (["target=geometric", "target_weight=1.25"], "base model"),
         (["target=linear", "target_weight=0.5"], "base model"),
         (["target=linear"], "0 < target_weight < 1"),
         (["preset=gopd"], "base model"),
-        (["preset=sinkd"], "couples the tokens"),
         (["preset=many_face"], "'many_faces'"),
         # what does not go together
         (["loss=rklx"], "did you mean 'rkl'?"),
@@ -253,8 +270,7 @@ def test_what_is_refused_says_why(overrides, said):
     assert caught.value.expected
 
 
-def test_methods_that_are_not_offered_are_no_presets():
-    assert not set(NOT_YET) & set(PRESETS)
+def test_losses_that_are_refused_are_not_offered():
     assert not set(names.REFUSED) & set(names.LOSSES)
 
 
@@ -313,6 +329,9 @@ def test_what_an_objective_needs():
     assert needs(ObjectiveConfig(loss="pg")).labels
     assert needs(ObjectiveConfig(sft_coef=0.1)).labels
     assert needs(ObjectiveConfig(target="one_hot", target_weight=0.5)).labels
+    assert needs(ObjectiveConfig(returns="sum")).old_log_prob_pass
+    dpg = needs(ObjectiveConfig.of("posterior_fkl"))
+    assert dpg.teacher and dpg.old_log_prob_pass and dpg.rewards and dpg.payloads == ("hidden",)
     token = needs(ObjectiveConfig(loss="pg", tis="token"))
     assert token.old_log_prob_pass and not token.statistics_pass
     assert needs(ObjectiveConfig(loss="pg", tis="reject")).statistics_pass
@@ -321,7 +340,7 @@ def test_what_an_objective_needs():
 @pytest.mark.parametrize(
     ("values", "enough"),
     [
-        *(({"loss": kind}, ("hidden",)) for kind in FULL),
+        *(({"loss": kind}, ("hidden",)) for kind in (*FULL, "sinkd")),
         ({"support": "student_topk", "k": 20}, ("hidden", "topk")),
         ({"loss": "pld"}, ("hidden", "topk")),
         ({"loss": "k2"}, ("hidden", "sampled")),
@@ -355,6 +374,40 @@ def test_the_extra_terms_have_their_coefficients():
         "sft": (0.5, True),
         "entropy": (-0.25, False),
     }
+
+
+def test_the_teachers_share_of_the_target_rises():
+    """PS-KD's alpha_e = alpha_T e / E, e from 1, with the optimizer step as its clock."""
+    pskd = ObjectiveConfig.of("pskd", target_steps=4)
+    shares = [pskd.at(step).target_weight for step in (0, 1, 3, 9)]
+    assert shares == pytest.approx([0.2, 0.4, 0.8, 0.8])
+    assert all(pskd.at(step).target == "one_hot" for step in (0, 9))
+    assert ObjectiveConfig.of("pskd", target_steps=0).at(0).target_weight == 0.8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["objective.only=wrong"], "rewards"),
+        (["objective.sft_coef=1", "mix.source=answers"], "mix.source = answers"),
+        (["objective.loss=k2"], "the student's own samples"),
+        (["objective.returns=sum"], "returns are those of its own law"),
+        (["objective.tis=token"], "tis = off"),
+    ],
+)
+def test_what_answers_alone_cannot_serve(overrides, said):
+    with pytest.raises(UserError) as caught:
+        load_config(None, [*GOOD, "mix.student_share=0", *overrides])
+    assert said in str(caught.value), str(caught.value)
+
+
+def test_labels_that_are_no_noise_are_not_warned_of():
+    """The data's answers, and samples that a verifier has accepted."""
+    right = ["objective.only=right", "rollout.samples_per_prompt=4"]
+    for overrides in (["mix.student_share=0"], right):
+        config = load_config(None, [*GOOD, "objective.preset=pskd", *overrides])
+        assert config.warnings == []
+    assert not load_config(None, [*GOOD, "mix.student_share=0"]).on_policy
 
 
 def micro_batch(mask, rollout, *, sequence_first_rows):
