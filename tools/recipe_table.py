@@ -1,7 +1,7 @@
 """Every method's tiny variant over some seeds, judged by the metric that its recipe names.
 
 python tools/recipe_table.py                      all methods, seeds 0 1 2 -> docs/recipes.md, .json
-python tools/recipe_table.py --only grpo kdrl     some of them and their baselines
+python tools/recipe_table.py --only grpo kdrl     some of them; the others stay in the table
 python tools/recipe_table.py --pages              docs/methods/: a page a method, from the recipes
 
 What the folder of runs has already is not run again. An improvement is claimed where the metric
@@ -37,10 +37,21 @@ def main() -> int:
         write_pages(json.loads(options.out.with_suffix(".json").read_text())["runs"])
         return 0
     names = list(dict.fromkeys(_with_baselines(options.only or methods())))
+    kept = _kept(options) if options.only else []
+    names = [n for n in names if n in options.only or n not in {r["method"] for r in kept}]
     records = [_run(name, options.work, seed) for seed in options.seeds for name in names]
+    records = sorted(kept + records, key=lambda r: methods().index(r["method"]))
     _write(options, records)
     failed = [r for r in records if "error" in r]
     return 1 if failed else 0
+
+
+def _kept(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the table holds of other methods that there still are, with these seeds."""
+    path = options.out.with_suffix(".json")
+    runs = json.loads(path.read_text())["runs"] if path.is_file() else []
+    known = set(methods()) - set(options.only)
+    return [r for r in runs if r["method"] in known and r["seed"] in options.seeds]
 
 
 def _with_baselines(names: list[str]) -> list[str]:
