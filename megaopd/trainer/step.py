@@ -259,6 +259,8 @@ def _metrics(
             metrics["teacher_entropy"] = means["teacher_entropy"]
         if objective.passes_labels:
             metrics["log_ratio"] = means["student_log_prob"] - means["teacher_log_prob"]
+    if objective.sinkd_coef:
+        metrics["sinkd"] = means["sinkd"]
     if objective.returns:
         metrics["return"] = -means["returns"]
     if objective.loss == "sft" or objective.sft_coef:
