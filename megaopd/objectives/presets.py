@@ -92,9 +92,9 @@ PRESETS: dict[str, Preset] = {
         "2212.12965", "forward and reverse KL weighed by the entropy gap, soft gate (ours)",
         {"loss": "bdkd", "variant": "soft", "beta": 1.0}),
     "sinkd": Preset(
-        "2402.17110", "Sinkhorn divergence of both models' laws of 128 tokens, temperature 2; "
-        "without the paper's cross-entropy and KL beside it",
-        {"loss": "sinkd", "temperature": 2.0}),
+        "2402.17110", "forward KL at temperature 2, and 0.1 (ours) times the Sinkhorn divergence "
+        "of both models' laws of 128 tokens",
+        {"loss": "fkl", "temperature": 2.0, "sinkd_coef": 0.1}),
     "pld": Preset(
         "2506.12542", "Plackett-Luce likelihood of the teacher's order, first 64 ranks (ours)",
         {"loss": "pld", "k": 64}),

@@ -61,6 +61,8 @@ def _culprit(o: ObjectiveConfig) -> str:
     """The setting that needs the teacher's whole law."""
     if o.stats_k:
         return f"objective.stats_k = {o.stats_k}"
+    if o.sinkd_coef:
+        return f"objective.sinkd_coef = {o.sinkd_coef}"
     if o.target == "tempered":
         return "objective.target = tempered"
     if o.resolved_baseline:

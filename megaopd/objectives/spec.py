@@ -100,6 +100,8 @@ class ObjectiveConfig:
     replay_coef: float = 0.02  # its factor
     sft_coef: float = 0.0  # of -log p(token) beside the loss: on [mix]'s samples, or the student's
     entropy_coef: float = 0.0  # of the student's entropy as a bonus: it is subtracted
+    # Of the Sinkhorn divergence of a chunk's laws beside the loss (SinKD), at temperature 2.
+    sinkd_coef: float = 0.0
     stats_k: int = 0  # length of a list of its own for masses, overlap and ranks; 0: none
     i_know_biased: bool = False  # allows variant = unnorm, which drives mass out of the support
     # Tokens whose logits exist at once; 0: chosen for the device. sinkd: those that it couples,

@@ -25,6 +25,12 @@ def warnings(
             "objective.loss = k3 has the value of reverse KL but the gradient of forward KL, "
             "KL(teacher || student); for reverse KL take k2, k3pp, k1_reward or pg"
         )
+    if o.loss == "sinkd":
+        found.append(
+            "objective.loss = sinkd leaves open which token of a chunk has which law: without a "
+            "loss on each token it need not learn; set objective.preset=sinkd, or "
+            "objective.sinkd_coef beside fkl or rkl"
+        )
     if o.variant == "unnorm":
         found.append(
             "objective.variant = unnorm is biased: it drives the student's mass out of the support"

@@ -9,7 +9,7 @@ from megaopd.objectives.spec import ObjectiveConfig
 # Names of the terms, which are also those of the loss families: each has its own token weights and
 # denominator. distill_low: rapo's part on the tempered reference; returns: what a loss on the next
 # token leaves out.
-TERMS = ("distill", "distill_low", "returns", "rl", "sft", "replay", "entropy")
+TERMS = ("distill", "distill_low", "sinkd", "returns", "rl", "sft", "replay", "entropy")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ def make_terms(objective: ObjectiveConfig) -> dict[str, WeightedTerm]:
         low = Target(kind="tempered", weight=o.low_power)
         terms["distill"] = WeightedTerm(Divergence(kind="fkl"), o.coef)
         terms["distill_low"] = WeightedTerm(Divergence(kind="fkl", target=low), o.coef)
+    if o.sinkd_coef:
+        terms["sinkd"] = WeightedTerm(Sinkhorn(), o.sinkd_coef)
     if o.returns:
         # One optimizer step per rollout: the ratio to the sampling weights is 1, and never clipped.
         long = Sampled(estimator="ppo", advantage="returns")

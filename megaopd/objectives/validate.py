@@ -71,7 +71,8 @@ def needs(objective: "ObjectiveConfig") -> Needs:
 def _payloads(o: "ObjectiveConfig") -> tuple[str, ...]:
     if not o.needs_teacher:
         return PAYLOADS
-    if o.stats_k or o.target in ("tempered", "geometric", "linear") or o.loss == "rapo":
+    whole_laws = o.target in ("tempered", "geometric", "linear") or o.loss == "rapo"
+    if whole_laws or o.stats_k or o.sinkd_coef:
         return ("hidden",)
     if o.rl == "dpg":  # a token that servers leave out would leave a hole in its sequence
         return ("hidden",)
@@ -160,7 +161,7 @@ def _check_numbers(o: "ObjectiveConfig") -> None:
         "k", "baseline_k", "stats_k", "chunk_size", "alpha", "beta", "clip_low", "clip_high",
         "cap", "sft_coef", "entropy_coef", "target_weight", "coef", "coef_end", "coef_steps",
         "target_steps", "second_from", "low_power", "rl_coef", "rl_clip_low", "rl_clip_high",
-        "dual_clip", "mix", "replay_coef", "reward_scale",
+        "dual_clip", "mix", "replay_coef", "reward_scale", "sinkd_coef",
     ):  # fmt: skip
         value = getattr(o, name)
         if not 0 <= value < float("inf"):
@@ -195,6 +196,7 @@ _USERS: dict[str, tuple[Callable[["ObjectiveConfig"], bool], str]] = {
     "only": (lambda o: o.distils, "a loss that compares with a teacher"),
     "weigh": (lambda o: o.distils, "a loss that compares with a teacher"),
     "low_power": (_takes(["rapo"]), "rapo"),
+    "sinkd_coef": (lambda o: o.distils and o.loss not in COUPLED, "a loss other than sinkd"),
     "returns": (lambda o: o.distils, "a loss that compares with a teacher"),
     "rl_coef": (lambda o: bool(o.rl), "objective.rl"),
     "advantage": (lambda o: o.rl in ("ppo", "trrd"), "objective.rl = ppo and trrd"),

@@ -15,7 +15,7 @@ from megaopd.objectives.spec import ObjectiveConfig
 
 LEAST_STD = 1e-8  # of a group's rewards; below it they say nothing
 ROLLOUT_TERMS: tuple[str, ...] = (
-    "distill", "distill_low", "returns", "rl", "sft", "entropy",
+    "distill", "distill_low", "sinkd", "returns", "rl", "sft", "entropy",
 )  # fmt: skip
 
 
@@ -83,12 +83,13 @@ def _weigh_distillation(
 ) -> None:
     """What the loss itself makes of a rollout; the terms beside it look at every one."""
     left_out = {"wrong": reward >= 1.0, "unsolved": max(group) >= 1.0, "right": reward < 1.0}
-    weights["distill"] = weights["returns"] = factor
+    weights["distill"] = weights["sinkd"] = weights["returns"] = factor
     weights["distill_low"] = 0.0
     if o.loss == "rapo":
         weights["distill"], weights["distill_low"] = factor * reward, factor * (1.0 - reward)
     if left_out.get(o.only, False):
-        del weights["distill"], weights["distill_low"], weights["returns"]
+        for name in ("distill", "distill_low", "sinkd", "returns"):
+            del weights[name]
 
 
 def _groups(samples: Sequence[Sample]) -> dict[str, list[int]]:

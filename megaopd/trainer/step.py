@@ -289,6 +289,8 @@ def _metrics(
             metrics["log_ratio"] = means["student_log_prob"] - means["teacher_log_prob"]
             metrics["log_ratio_p99"] = _percentile(bins, 0.99)
             metrics["teacher_prefers"] = means["teacher_prefers"]
+    if objective.sinkd_coef:
+        metrics["sinkd"] = means["sinkd"]
     if objective.returns:
         metrics["return"] = -means["returns"]
     if objective.loss == "sft" or objective.sft_coef:

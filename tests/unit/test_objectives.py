@@ -52,6 +52,7 @@ def every_objective():
     yield {"loss": "rkl", "target": "one_hot", "target_weight": 0.8}
     yield {"loss": "pld", "temperature": 2.0, "entropy_coef": 0.1}
     yield {"loss": "sinkd", "temperature": 2.0}
+    yield {"loss": "fkl", "temperature": 2.0, "sinkd_coef": 0.1}
     yield {"loss": "sinkd", "beta": 0.5, "chunk_size": 3, "stats_k": 4, "sft_coef": 0.2}
     yield {"loss": "sinkd", "target": "tempered", "target_weight": 0.5}
     yield {"loss": "sft"}
@@ -155,6 +156,7 @@ def test_every_preset_builds_and_is_described(name):
     assert config.objective == objective and config.warnings == []
     wanted = {"distill"} if objective.distils else set[str]()
     wanted |= {"distill_low"} if name == "rapo" else set()
+    wanted |= {"sinkd"} if objective.sinkd_coef else set()
     wanted |= {"returns"} if objective.returns else set()
     wanted |= {"rl"} if objective.rl else set()
     wanted |= {"replay"} if objective.replay else set()
@@ -226,6 +228,7 @@ def test_the_saved_config_of_a_preset_is_the_same_objective(tmp_path):
         (["loss=sinkhorn"], "objective.loss=sinkd"),
         (["loss=sinkd", "support=student_topk", "k=9"], "belongs to a divergence"),
         (["loss=sinkd", "alpha=0.5"], "skew_fkl"),
+        (["loss=sinkd", "sinkd_coef=0.5"], "other than sinkd"),
         (["loss=rapo_paper"], "not the gradient"),
         (["loss=dph_js"], "initial policy"),
         (["target=geometric", "target_weight=1.25"], "base model"),
@@ -278,6 +281,7 @@ def test_losses_that_are_refused_are_not_offered():
     ("overrides", "said"),
     [
         (["objective.loss=k3"], "gradient of forward KL"),
+        (["objective.loss=sinkd"], "which token of a chunk"),
         (
             [
                 "objective.support=student_topk",
@@ -345,6 +349,7 @@ def test_what_an_objective_needs():
         ({"loss": "pld"}, ("hidden", "topk")),
         ({"loss": "k2"}, ("hidden", "sampled")),
         ({"loss": "k2", "stats_k": 5}, ("hidden",)),
+        ({"loss": "k2", "sinkd_coef": 0.1}, ("hidden",)),
         ({"loss": "vopd"}, ("hidden", "topk")),
         ({"loss": "vopd", "baseline": "value"}, ("hidden",)),
     ],
