@@ -5,6 +5,7 @@ its functions still read the global parallel_state, so the grid is made there an
 collection.
 """
 
+import gc
 import math
 import os
 from collections.abc import Sequence
@@ -171,6 +172,23 @@ def init_distributed(timeout_minutes: int = 30) -> None:
         world_size=int(os.environ["WORLD_SIZE"]) if store else -1,
         timeout=timedelta(minutes=timeout_minutes),
     )
+
+
+def leave_distributed() -> None:
+    """End a world of one and its groups, whose threads would stay; the next grid makes a new one.
+
+    For processes that do many runs. Ranks of a launcher keep their world: nothing happens there.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or "MASTER_ADDR" in os.environ:
+        return
+    from megatron.core import parallel_state as mpu
+
+    if mpu.model_parallel_is_initialized():
+        mpu.destroy_model_parallel()
+    dist.destroy_process_group()
+    gc.collect()  # models and optimizers hold groups in reference cycles
 
 
 def make_grid(config: ParallelConfig, *, seed: int = 1234) -> Grid:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megaopd.errors import UserError
+from megaopd.parallel import leave_distributed
 from megaopd.recipes import FOLDER, merged, places
 from megaopd.report.metrics import read_metrics
 from megaopd.report.progress import progress
@@ -36,7 +37,7 @@ def command(root: Path, seeds: Sequence[int], workers: int, only: Sequence[int])
     # Fresh interpreters, each of which imports once. First what cases share, so that no two make
     # the same stage.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=40) as pool:
         failed = _all(pool, _make_stages, wanted, "stages, by seed")
         failed += _all(pool, _run_job, jobs, "cases")
     seconds = time.monotonic() - begun
@@ -119,6 +120,8 @@ def _run_job(job: Job) -> list[str]:
                 _run_case(stages, root, seed, case)
     except Exception as error:  # one case's fault is a line of the report
         return [_told(root, seed, name, error)]
+    finally:
+        leave_distributed()  # of its evaluations
     return []
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megaopd.config import apply_overrides
+from megaopd.parallel import leave_distributed
 from megaopd.recipes import filled, places, stage_values
 from megaopd.schema import Config, make_config, sampling_values
 
@@ -85,6 +86,7 @@ class Stages:
             return
         self.say(f"{name}: {folder}")
         run.train(make_config(self._placed(values, folder)))
+        leave_distributed()
 
     def _sample(self, name: str, values: Mapping[str, Any], folder: Path, prompts: int) -> str:
         from megaopd import run
@@ -94,6 +96,7 @@ class Stages:
             self.say(f"{name}: {out}")
             config = make_config(sampling_values(self._placed(values, folder)))
             run.sample(config, out, prompts=prompts)
+            leave_distributed()
             done.touch()
         return str(out)
 
