@@ -3,11 +3,12 @@
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import Any
 
@@ -35,6 +36,7 @@ from megaopd.trainer.batch import (
     MicroBatch,
     StepCounts,
     make_micro_batches,
+    mini_batches_of,
     plan_step,
     shares_of,
 )
@@ -51,6 +53,11 @@ EVALUATED = (
     "kl", "distill", "log_ratio", "bucket_kl", "mass_student", "entropy", "teacher_entropy",
     "rollout_k3",
 )  # fmt: skip
+
+
+def means_of(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of each name over records that have the same names; {} of none."""
+    return {name: fmean(one[name] for one in found) for name in (found[0] if found else ())}
 
 
 @dataclass
@@ -76,7 +83,8 @@ class Parts:
     stopped: bool = False  # asked to end before the last step
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
-    score_metrics: dict[str, float] = field(default_factory=dict)  # of the remote teacher
+    # Of the remote teacher, for each time it was asked since the last line.
+    scored: list[Mapping[str, float]] = field(default_factory=list)
     logger: MetricLogger | None = None
     history: list[dict[str, Any]] = field(default_factory=list)  # metrics so far, of the main rank
 
@@ -179,7 +187,7 @@ class Parts:
             with self.timed("score"):
                 shares = shares_of(plan_step(samples, **cut), len(samples))
                 scores = self.remote.score(samples, shares)
-            self.score_metrics = scores.metrics
+            self.scored.append(scores.metrics)
 
         def make(part: Sequence[Sample], whole: StepCounts | None = None) -> list[MicroBatch]:
             return make_micro_batches(
@@ -197,17 +205,19 @@ class Parts:
         return make(samples)
 
     def update(self, samples: Sequence[Sample], step: int = 0) -> dict[str, float]:
-        """Score with the teacher and take one optimizer step."""
+        """Score with the teacher and take one optimizer step, or as many as [trainer] says."""
         if self.config.on_policy:
             samples = self.mixture(samples, step)
         samples, told = weigh(samples, self.config.objective)
         samples = completed(self.hooked("weighed", samples, step))
         for function in self.hooks["metrics"]:
             told |= function(samples, step)
-        micro_batches = self.micro_batches(samples)
+        trainer, self.scored = self.config.trainer, []
+        parts = mini_batches_of(samples, trainer.mini_batches)
+        made = [self.micro_batches(part) for part in parts]
         with self.timed("update"):
-            metrics = told | self.student.update(
-                micro_batches, self.teacher, reference=self.reference, step=step
+            metrics = told | self.student.updates(
+                made, self.teacher, reference=self.reference, step=step, epochs=trainer.epochs
             )
             if self.teacher is not None:
                 self.teacher.after_update(epoch=self.sampler.cursor["epoch"])
@@ -227,7 +237,7 @@ class Parts:
         if not self.config.rollout.whole_law:
             # Engine and trainer speak of different laws then; their difference is no mismatch.
             metrics = {k: v for k, v in metrics.items() if k not in MISMATCH}
-        extra |= {**episode_metrics(samples), **self.score_metrics}
+        extra |= {**episode_metrics(samples), **means_of(self.scored)}
         extra["tokens_per_s"] = sum(lengths) / max(sum(self.times.values()), 1e-9)
         if self.logger is not None:
             self.logger.log_metrics(

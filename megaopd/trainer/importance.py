@@ -1,7 +1,8 @@
-"""Importance weights of the sampled tokens, from a forward pass of the student before its update.
+"""What needs a forward pass of the student before its update: log-probs of the sampled tokens.
 
-The ratio p_trainer(y) / p_engine(y) at the weights that sampled y. With one optimizer step per
-rollout these are the current ones, so that one pass serves the whole step.
+The old log-probs are those at the step's first weights; where a rollout is taken several optimizer
+steps, losses on sampled tokens have their ratio to them. Importance weights are
+p_trainer(y) / p_engine(y), both at the weights that sampled y: the old ones over the engine's.
 
 Shapes: T the places of a micro-batch that the loss looks at.
 """
@@ -18,7 +19,7 @@ from megaopd.trainer.batch import MicroBatch
 from megaopd.trainer.log_probs import token_log_probs
 
 
-def with_importance_weights(
+def with_old_log_probs(
     model: Any,
     output_weight: Any,
     grid: Grid,
@@ -27,8 +28,11 @@ def with_importance_weights(
     *,
     vocab: int,
     softcap: float | None = None,
+    ratio: bool = False,
 ) -> list[MicroBatch]:
     """The micro-batches with importance weights as objective.tis says; a collective.
+
+    ratio: and with the old log-probs themselves.
 
     Denominators count the tokens that survive (METHODS 0.5): of the whole step with token-mean, of
     the sample with seq-mean-token-mean; the other reductions divide by no number of tokens.
@@ -36,15 +40,13 @@ def with_importance_weights(
     Raises:
         UserError: samples without the log-probs that they were drawn with.
     """
-    import torch
-
-    if not all(micro.has_rollout_log_probs for micro in micro_batches):
+    weighted = objective.tis != "off"
+    if weighted and not all(micro.has_rollout_log_probs for micro in micro_batches):
         raise UserError(
             f"objective.tis = {objective.tis} without rollout log-probs",
             expected="samples with the log-probs of the law that they were drawn from",
             fix="set objective.tis=off",
         )
-
     made = token_log_probs(
         model,
         output_weight,
@@ -54,6 +56,24 @@ def with_importance_weights(
         chunk_size=objective.chunk_size or None,
         softcap=softcap,
     )
+    micro_batches = list(micro_batches)
+    if weighted:
+        micro_batches = _weighted(micro_batches, made, objective, grid)
+    if not ratio:
+        return micro_batches
+    pairs = zip(micro_batches, made, strict=True)
+    return [replace(micro, old_log_probs_T=old_T) for micro, old_T in pairs]
+
+
+def _weighted(
+    micro_batches: Sequence[MicroBatch],
+    made: Sequence[Any],
+    objective: ObjectiveConfig,
+    grid: Grid,
+) -> list[MicroBatch]:
+    """With importance weights; made: the old log-probs [T] of each, None off the last stage."""
+    import torch
+
     micro_batches = [
         weigh(micro, old_T, objective, grid)
         for micro, old_T in zip(micro_batches, made, strict=True)

@@ -1,6 +1,6 @@
 """The student: a sharded model with its optimizer and schedule, updated one step at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megaopd import faults, platform
@@ -15,7 +15,7 @@ from megaopd.objectives.validate import needs
 from megaopd.parallel import Grid
 from megaopd.trainer.batch import MicroBatch
 from megaopd.trainer.config import OptimConfig
-from megaopd.trainer.importance import with_importance_weights
+from megaopd.trainer.importance import with_old_log_probs
 from megaopd.trainer.log_probs import sequence_log_probs
 from megaopd.trainer.optim import check_optimizer, make_optimizer, make_schedule, wrap_ddp
 from megaopd.trainer.pace import Pace
@@ -100,7 +100,23 @@ class Student:
         reference: BaseTeacher | None = None,
         step: int = 0,
     ) -> dict[str, float]:
-        """One optimizer step; the objective's metrics with grad_norm and lr, equal on every rank.
+        """One optimizer step: `updates` of a single mini-batch."""
+        return self.updates([micro_batches], teacher, reference=reference, step=step)
+
+    def updates(
+        self,
+        mini_batches: Sequence[Sequence[MicroBatch]],
+        teacher: BaseTeacher | None = None,
+        *,
+        reference: BaseTeacher | None = None,
+        step: int = 0,
+        epochs: int = 1,
+    ) -> dict[str, float]:
+        """An optimizer step for each mini-batch of one rollout, `epochs` times over.
+
+        The objective's metrics with grad_norm and lr, equal on every rank; of several optimizer
+        steps their means (metrics_of_updates). Old log-probs are all taken before the first one.
+        The learning rate is that of `step`, for all of them.
 
         Args:
             reference: the base model of the objective's target.
@@ -111,17 +127,38 @@ class Student:
             UserError: importance weights for samples without log-probs.
         """
         self.objective = self.objectives.at(step)
-        laws = [_law(model, micro_batches) for model in (teacher, reference)]
-        if needs(self.objective).old_log_prob_pass:
-            micro_batches = with_importance_weights(
-                self.wrapped,
-                self.output_weight,
-                self.grid,
-                micro_batches,
-                self.objective,
-                vocab=self.vocab,
-                softcap=self.arch.final_softcap,
-            )
+        several = len(mini_batches) * epochs > 1
+        laws = [_law(model, mini_batches[0]) for model in (teacher, reference)]
+        prepared = [self._prepared(one, ratio=several) for one in mini_batches]
+        found = []
+        for micro_batches in [one for _ in range(epochs) for one in prepared]:
+            if found:
+                laws = [_law(model, micro_batches) for model in (teacher, reference)]
+            found.append(self._optimizer_step(micro_batches, laws))
+        self.schedule.step(increment=1)
+        return metrics_of_updates(found)
+
+    def _prepared(self, micro_batches: Sequence[MicroBatch], *, ratio: bool) -> Any:
+        """With what the objective needs to know of the weights before the first update."""
+        wanted = needs(self.objective)
+        ratio &= wanted.ratio
+        if not (wanted.old_log_prob_pass or ratio):
+            return micro_batches
+        return with_old_log_probs(
+            self.wrapped,
+            self.output_weight,
+            self.grid,
+            micro_batches,
+            self.objective,
+            vocab=self.vocab,
+            softcap=self.arch.final_softcap,
+            ratio=ratio,
+        )
+
+    def _optimizer_step(
+        self, micro_batches: Sequence[MicroBatch], laws: Sequence[FrozenLaw | None]
+    ) -> dict[str, float]:
+        """laws: the teacher's and the reference's."""
         self.pace.begin()
         for ddp in self.wrapped:
             ddp.zero_grad_buffer()
@@ -131,7 +168,6 @@ class Student:
         lr = self.optimizer.param_groups[0]["lr"]
         done, grad_norm, _ = self.optimizer.step()
         assert done, "the optimizer skipped a step without loss scaling"
-        self.schedule.step(increment=1)
         return {**metrics, "grad_norm": float(grad_norm), "lr": float(lr)}
 
     def log_probs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
@@ -212,6 +248,20 @@ class Student:
         if "rng" in state:
             torch.set_rng_state(state["rng"]["torch"])
             rng_tracker().set_states(state["rng"]["tracker"])
+
+
+def metrics_of_updates(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of one rollout's optimizer steps: means over its tokens; their sum, and plain means of losses
+    and gradient norms."""
+    if len(found) == 1:
+        return dict(found[0])
+    tokens = [one["tokens"] for one in found]
+    mean = {}
+    for name in found[0]:
+        weights = [1.0] * len(found) if name in ("loss", "grad_norm") else tokens
+        total = sum(w * one[name] for w, one in zip(weights, found, strict=True))
+        mean[name] = total / max(sum(weights), 1.0)
+    return {**mean, "tokens": sum(tokens), "lr": found[0]["lr"], "updates": float(len(found))}
 
 
 def _law(model: BaseTeacher | None, micro_batches: Sequence[MicroBatch]) -> FrozenLaw | None:
