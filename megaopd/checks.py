@@ -30,6 +30,16 @@ def check_reference(config: "Config") -> None:
         )
 
 
+def check_skills(config: "Config") -> None:
+    """Skills are known when a step's samples are there: not to servers that score as they come."""
+    if config.data.teacher_sees == "skill" and config.remote_teacher.addresses:
+        raise UserError(
+            "data.teacher_sees = skill with remote_teacher.addresses",
+            expected="a teacher in this job: Skill-SD's is the student of the last step",
+            fix="set teacher.kind=periodic teacher.sync_every=1, and remove [remote_teacher]",
+        )
+
+
 def check_updates(config: "Config") -> None:
     """Several optimizer steps per rollout only of rollouts, and of equal parts of them."""
     trainer, prompts = config.trainer, config.rollout.prompts_per_step

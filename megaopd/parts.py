@@ -15,6 +15,7 @@ from typing import Any
 from megaopd import config as config_io
 from megaopd import extend, faults, stop, watchdog
 from megaopd.data.prompts import PromptStream
+from megaopd.data.skills import SkillBank
 from megaopd.data.types import Prompt, Sample
 from megaopd.inputs import (
     check_run_dir,
@@ -101,6 +102,7 @@ class Parts:
         if step is not None:
             state = self.checkpoints.load(step, self.student, self.teacher)
             self.prompts.load_state_dict(state["prompts"])
+            self.skills.load_state(state.get("skills", []))
             self.evaluations = {int(k): v for k, v in state["evaluations"].items()}
             self.first_step = self.saved_step = step
         if self.is_main:
@@ -161,6 +163,11 @@ class Parts:
         """What run.plugins has the loop call."""
         return extend.hooks_of(self.config.run.plugins)
 
+    @cached_property
+    def skills(self) -> SkillBank:
+        """What the teacher is told of earlier successes."""
+        return SkillBank(self.config.data, self.tokenizer, self.text)
+
     def hooked(self, point: str, samples: Sequence[Sample], step: int) -> list[Sample]:
         """The samples as the hooks of that point leave them."""
         for function in self.hooks[point]:
@@ -210,6 +217,9 @@ class Parts:
             samples = self.mixture(samples, step)
         samples, told = weigh(samples, self.config.objective)
         samples = completed(self.hooked("weighed", samples, step))
+        if self.skills.enabled:
+            told["skills"] = float(len(self.skills))
+        samples = self.skills.fill(samples)
         for function in self.hooks["metrics"]:
             told |= function(samples, step)
         trainer, self.scored = self.config.trainer, []
@@ -222,6 +232,7 @@ class Parts:
             if self.teacher is not None:
                 self.teacher.after_update(epoch=self.sampler.cursor["epoch"])
                 metrics |= self.teacher.metrics()  # of all ranks
+            self.skills.add(samples)
             return metrics
 
     def log(self, step: int, metrics: dict[str, float], samples: Sequence[Sample]) -> None:
@@ -290,7 +301,7 @@ class Parts:
     def score_samples(self, samples: Sequence[Sample]) -> dict[str, float]:
         """What of the objective an evaluation reports, on these."""
         scored = self.student.score(
-            self.micro_batches(samples), self.teacher, reference=self.reference
+            self.micro_batches(self.skills.fill(samples)), self.teacher, reference=self.reference
         )
         return {name: scored[name] for name in EVALUATED if name in scored}
 
@@ -317,6 +328,7 @@ class Parts:
         run_state = {
             "prompts": self.sampler.cursor,
             "evaluations": {str(k): v for k, v in self.evaluations.items()},
+            **({"skills": self.skills.state()} if self.skills.enabled else {}),
         }
         hf_dir = self.config.student.hf_dir
         self.checkpoints.save(step, self.student, run_state, hf_dir, self.teacher)
