@@ -30,6 +30,37 @@ def check_reference(config: "Config") -> None:
         )
 
 
+def check_skills(config: "Config") -> None:
+    """Skills are known when a step's samples are there: not to servers that score as they come."""
+    if config.data.teacher_sees == "skill" and config.remote_teacher.addresses:
+        raise UserError(
+            "data.teacher_sees = skill with remote_teacher.addresses",
+            expected="a teacher in this job: Skill-SD's is the student of the last step",
+            fix="set teacher.kind=periodic teacher.sync_every=1, and remove [remote_teacher]",
+        )
+
+
+def check_updates(config: "Config") -> None:
+    """Several optimizer steps per rollout only of rollouts, and of equal parts of them."""
+    trainer, prompts = config.trainer, config.rollout.prompts_per_step
+    if trainer.updates > 1 and not config.on_policy:
+        raise UserError(
+            f"trainer.mini_batches = {trainer.mini_batches}, epochs = {trainer.epochs} with "
+            f"objective.loss = {config.objective.loss}",
+            expected="1 and 1: examples are no rollouts, and more steps on fewer of them are the "
+            "same",
+            fix="lower rollout.prompts_per_step and raise run.steps instead",
+        )
+    if prompts % trainer.mini_batches:
+        raise UserError(
+            f"trainer.mini_batches = {trainer.mini_batches} with rollout.prompts_per_step = "
+            f"{prompts}",
+            expected="a divisor: each part has whole prompts, and as many as the others",
+            fix="set rollout.prompts_per_step="
+            f"{-(-prompts // trainer.mini_batches) * trainer.mini_batches}",
+        )
+
+
 def check_mix(config: "Config") -> None:
     """Samples that a term looks at, and a term whose samples are there."""
     o, mix = config.objective, config.mix

@@ -7,6 +7,7 @@ run, with all that this process may do. docs/extending.md has worked examples.
     @extend.divergence("name")      (laws, parameter) -> (term, G): losses/divergences.py
     @extend.estimator("name")       (terms) -> (value, slope): losses/sampled.py
     @extend.task("name")            a class or function that makes a task: data/tasks/base.py
+    @extend.summarizer("name")      (prompt, response) -> skill: data/skills.py
     @extend.hook("verified")        one of HOOKS
 
 A hook is of the runs whose configuration names its file; names are of the process. What a hook
@@ -166,6 +167,20 @@ def task(name: str) -> Callable[[F], F]:
     def add(make: F) -> F:
         TASKS[name] = make
         return make
+
+    return add
+
+
+def summarizer(name: str) -> Callable[[F], F]:
+    """What data.summarizer makes of a success: (prompt, response text) -> skill, "" for none."""
+    from megaopd.data.skills import SUMMARIZERS
+
+    if name in SUMMARIZERS:
+        raise UserError(f"summarizer {name!r}", expected="a name that no other has")
+
+    def add(function: F) -> F:
+        SUMMARIZERS[name] = function
+        return function
 
     return add
 

@@ -3,17 +3,19 @@
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import Any
 
 from megaopd import config as config_io
 from megaopd import extend, faults, stop, watchdog
 from megaopd.data.prompts import PromptStream
+from megaopd.data.skills import SkillBank
 from megaopd.data.types import Prompt, Sample
 from megaopd.inputs import (
     check_run_dir,
@@ -35,6 +37,7 @@ from megaopd.trainer.batch import (
     MicroBatch,
     StepCounts,
     make_micro_batches,
+    mini_batches_of,
     plan_step,
     shares_of,
 )
@@ -51,6 +54,11 @@ EVALUATED = (
     "kl", "distill", "log_ratio", "bucket_kl", "mass_student", "entropy", "teacher_entropy",
     "rollout_k3",
 )  # fmt: skip
+
+
+def means_of(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of each name over records that have the same names; {} of none."""
+    return {name: fmean(one[name] for one in found) for name in (found[0] if found else ())}
 
 
 @dataclass
@@ -76,7 +84,8 @@ class Parts:
     stopped: bool = False  # asked to end before the last step
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
-    score_metrics: dict[str, float] = field(default_factory=dict)  # of the remote teacher
+    # Of the remote teacher, for each time it was asked since the last line.
+    scored: list[Mapping[str, float]] = field(default_factory=list)
     logger: MetricLogger | None = None
     alarms: Watch = field(default_factory=Watch)  # of the main rank
 
@@ -93,6 +102,7 @@ class Parts:
         if step is not None:
             state = self.checkpoints.load(step, self.student, self.teacher)
             self.prompts.load_state_dict(state["prompts"])
+            self.skills.load_state(state.get("skills", []))
             self.evaluations = {int(k): v for k, v in state["evaluations"].items()}
             self.first_step = self.saved_step = step
         if self.is_main:
@@ -154,6 +164,11 @@ class Parts:
         """What run.plugins has the loop call."""
         return extend.hooks_of(self.config.run.plugins)
 
+    @cached_property
+    def skills(self) -> SkillBank:
+        """What the teacher is told of earlier successes."""
+        return SkillBank(self.config.data, self.tokenizer, self.text)
+
     def hooked(self, point: str, samples: Sequence[Sample], step: int) -> list[Sample]:
         """The samples as the hooks of that point leave them."""
         for function in self.hooks[point]:
@@ -180,7 +195,7 @@ class Parts:
             with self.timed("score"):
                 shares = shares_of(plan_step(samples, **cut), len(samples))
                 scores = self.remote.score(samples, shares)
-            self.score_metrics = scores.metrics
+            self.scored.append(scores.metrics)
 
         def make(part: Sequence[Sample], whole: StepCounts | None = None) -> list[MicroBatch]:
             return make_micro_batches(
@@ -198,21 +213,27 @@ class Parts:
         return make(samples)
 
     def update(self, samples: Sequence[Sample], step: int = 0) -> dict[str, float]:
-        """Score with the teacher and take one optimizer step."""
+        """Score with the teacher and take one optimizer step, or as many as [trainer] says."""
         if self.config.on_policy:
             samples = self.mixture(samples, step)
         samples, told = weigh(samples, self.config.objective)
         samples = completed(self.hooked("weighed", samples, step))
+        if self.skills.enabled:
+            told["skills"] = float(len(self.skills))
+        samples = self.skills.fill(samples)
         for function in self.hooks["metrics"]:
             told |= function(samples, step)
-        micro_batches = self.micro_batches(samples)
+        trainer, self.scored = self.config.trainer, []
+        parts = mini_batches_of(samples, trainer.mini_batches)
+        made = [self.micro_batches(part) for part in parts]
         with self.timed("update"):
-            metrics = told | self.student.update(
-                micro_batches, self.teacher, reference=self.reference, step=step
+            metrics = told | self.student.updates(
+                made, self.teacher, reference=self.reference, step=step, epochs=trainer.epochs
             )
             if self.teacher is not None:
                 self.teacher.after_update(epoch=self.sampler.cursor["epoch"])
                 metrics |= self.teacher.metrics()  # of all ranks
+            self.skills.add(samples)
             return metrics
 
     def log(self, step: int, metrics: dict[str, float], samples: Sequence[Sample]) -> None:
@@ -223,7 +244,7 @@ class Parts:
         if not self.config.rollout.whole_law:
             # Engine and trainer speak of different laws then; their difference is no mismatch.
             metrics = {k: v for k, v in metrics.items() if k not in MISMATCH}
-        extra |= {**episode_metrics(samples), **self.score_metrics}
+        extra |= {**episode_metrics(samples), **means_of(self.scored)}
         tokens = sum(len(s.response_ids) for s in samples)
         extra["tokens_per_s"] = tokens / max(sum(self.times.values()), 1e-9)
         if self.logger is not None:
@@ -276,7 +297,7 @@ class Parts:
     def score_samples(self, samples: Sequence[Sample]) -> dict[str, float]:
         """What of the objective an evaluation reports, on these."""
         scored = self.student.score(
-            self.micro_batches(samples), self.teacher, reference=self.reference
+            self.micro_batches(self.skills.fill(samples)), self.teacher, reference=self.reference
         )
         return {name: scored[name] for name in EVALUATED if name in scored}
 
@@ -312,6 +333,7 @@ class Parts:
         run_state = {
             "prompts": self.sampler.cursor,
             "evaluations": {str(k): v for k, v in self.evaluations.items()},
+            **({"skills": self.skills.state()} if self.skills.enabled else {}),
         }
         hf_dir = self.config.student.hf_dir
         self.checkpoints.save(step, self.student, run_state, hf_dir, self.teacher)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megaopd import extend
-from megaopd.checks import check_mix, check_reference
+from megaopd.checks import check_mix, check_reference, check_skills, check_updates
 from megaopd.config import apply_overrides, build, read_toml
 from megaopd.data.config import DataConfig, MixConfig
 from megaopd.errors import UserError
@@ -140,6 +140,8 @@ class Config:
             )
         check_reference(self)
         check_mix(self)
+        check_updates(self)
+        check_skills(self)
         # Every engine reports the law that it samples from; the data's answers have none.
         if self.remote_teacher.addresses:
             check_remote(self.objective, log_probs=self.on_policy, top_ids=self.top_ids)
@@ -325,6 +327,7 @@ class Config:
             temperature=law.temperature,
             top_p=law.top_p,
             top_k=law.top_k,
+            updates=self.trainer.updates,
             mixed=self.mix.source != "" and self.mix.kind == "sft",
             answers=not self.mix.student_share,
         )

@@ -22,11 +22,18 @@ class DataConfig:
     verifier: str = "math"  # task of file lines that have an answer but name no task
     # What the teacher's prompt holds beside the student's (data/privileged.py); "": nothing. A file
     # line's own teacher_prompt goes before it.
-    teacher_sees: Literal["", "solution", "answer", "masked", "instruction", "system", "think"] = ""
+    teacher_sees: Literal[
+        "", "solution", "answer", "masked", "instruction", "system", "think", "skill"
+    ] = ""
     solution_key: str = "solution"  # of a prompt's other keys: solution, masked and think read it
-    # instruction, system: the text. solution, answer, masked: where {prompt} and {pi} stand.
+    # instruction, system: the text. solution, answer, masked, skill: where {prompt} and {pi} stand.
     teacher_text: str = ""
     mask_share: float = 0.5  # of the solution's words, with teacher_sees = masked
+    # What makes a skill of a verified response: worked (question and response), response, or the
+    # name that a plugin gave.
+    summarizer: str = "worked"
+    skill_bank: int = 256  # the newest skills that are kept, with teacher_sees = skill
+    skill_chars: int = 1024  # longest skill; the rest is cut off
 
     def __post_init__(self) -> None:
         if not self.source or self.source == "task:":
@@ -61,7 +68,7 @@ class DataConfig:
                 f"data.teacher_sees = {kind} without data.teacher_text",
                 expected="the text that the teacher is given",
             )
-        around = kind in ("solution", "answer", "masked") and text
+        around = kind in ("solution", "answer", "masked", "skill") and text
         if around and not ("{prompt}" in text and "{pi}" in text):
             raise UserError(
                 f"data.teacher_text = {text!r}", expected="a text with {prompt} and {pi} in it"
@@ -69,7 +76,19 @@ class DataConfig:
         if text and kind in ("", "think"):
             raise UserError(
                 f"data.teacher_text is set with data.teacher_sees = {kind!r}",
-                expected="one of solution, answer, masked, instruction, system, which read it",
+                expected="one of solution, answer, masked, skill, instruction, system, which read "
+                "it",
+            )
+        if self.skill_bank < 1 or self.skill_chars < 1:
+            raise UserError(
+                f"data.skill_bank = {self.skill_bank}, data.skill_chars = {self.skill_chars}",
+                expected="at least 1",
+            )
+        if kind == "skill" and self.summarizer == "worked" and self.template == "chat":
+            raise UserError(
+                "data.summarizer = worked with data.template = chat",
+                expected="response, or a plugin's: a rendered chat cannot stand inside of another",
+                fix="set data.summarizer=response",
             )
         if not 0 <= self.mask_share <= 1:
             raise UserError(f"data.mask_share = {self.mask_share}", expected="from 0 to 1")

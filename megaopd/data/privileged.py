@@ -5,6 +5,7 @@
     masked       the solution with a share of its words replaced by "___"
     instruction  data.teacher_text, the same for every prompt, behind the question
     system       data.teacher_text as the system message in place of data.system
+    skill        what a summariser made of the student's own earlier successes (data/skills.py)
     think        the solution as the model's own thoughts, already written when it answers
 
 An instance's own solution and a rule that all prompts share behave differently: the student learns
@@ -22,6 +23,9 @@ Messages = list[dict[str, str]]
 
 MASK = "___"
 AROUND = {"raw": "{pi}\n{prompt}", "chat": "{prompt}\n\nA reference solution:\n{pi}"}
+# Where a skill comes to stand, once there is one; in no text of a prompt.
+SKILL = "\N{OBJECT REPLACEMENT CHARACTER}"
+AROUND_SKILL = {**AROUND, "chat": "{prompt}\n\nWhat has worked before:\n{pi}"}
 THOUGHTS = "<think>\n{pi}\n</think>\n\n"
 
 
@@ -48,6 +52,8 @@ def teacher_version(
             f"{config.teacher_text}\n{{prompt}}" if raw else f"{{prompt}}\n\n{config.teacher_text}"
         )
         return _around(prompt, shape, ""), ""
+    if kind == "skill":
+        return _around(prompt, config.teacher_text or AROUND_SKILL[config.template], SKILL), ""
     told = _information(answer, meta, config, name)
     if kind == "think":
         return prompt, THOUGHTS.replace("{pi}", told)

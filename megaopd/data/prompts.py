@@ -147,18 +147,22 @@ def generate(config: DataConfig, tokenizer: Any, index: int) -> Prompt | None:
         if config.too_long == "skip":
             return None
         raise _too_long(config, 1, name, len(ids), len(ids))
-    told = None
+    told, later = None, ""
     if config.teacher_sees:
-        told = _told(example.prompt, example.answer, example.meta, config, tokenizer, name)
-    return Prompt(name, ids, text, example.answer, task.name, example.meta, told)
+        told, later = _told(example.prompt, example.answer, example.meta, config, tokenizer, name)
+    return Prompt(name, ids, text, example.answer, task.name, example.meta, told, later)
 
 
 def _told(
     prompt: Any, answer: str | None, meta: dict[str, Any], config: DataConfig, tok: Any, name: str
-) -> tuple[int, ...]:
-    """Token ids of what the teacher reads in place of the prompt."""
+) -> tuple[tuple[int, ...] | None, str]:
+    """What the teacher reads in place of the prompt: its token ids, or (None, text) where a skill
+    has yet to come into it."""
     told, behind = teacher_version(prompt, answer, meta, config, name)
-    return _tokenize([_render(told, config, tok, name) + behind], [name], tok)[0]
+    text = _render(told, config, tok, name) + behind
+    if config.teacher_sees == "skill":
+        return None, text
+    return _tokenize([text], [name], tok)[0], ""
 
 
 def load_file(config: DataConfig, tokenizer: Any) -> tuple[list[Prompt], int]:
@@ -185,10 +189,10 @@ def load_file(config: DataConfig, tokenizer: Any) -> tuple[list[Prompt], int]:
         if task:
             _check_task(task, place)
         name = record.get("id") or place
-        mine = told.get(place)
+        mine, later = told.get(place), ""
         if mine is None and config.teacher_sees:
-            mine = _told(record["prompt"], answer, meta, config, tokenizer, place)
-        prompts.append(Prompt(name, ids, text, answer, task, meta, mine))
+            mine, later = _told(record["prompt"], answer, meta, config, tokenizer, place)
+        prompts.append(Prompt(name, ids, text, answer, task, meta, mine, later))
 
     repeated = [name for name, count in Counter(p.id for p in prompts).items() if count > 1]
     if repeated:

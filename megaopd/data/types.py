@@ -25,6 +25,8 @@ class Prompt:
     meta: dict[str, Any] = field(default_factory=dict, hash=False)  # for the verifier, and PI
     # The teacher's prompt, where it is told more than the student (privileged information).
     teacher_prompt_ids: tuple[int, ...] | None = None
+    # The same as text with privileged.SKILL in it, where it is only known while training; else "".
+    teacher_text: str = ""
 
     def __post_init__(self) -> None:
         if not self.token_ids:

@@ -110,12 +110,19 @@ def _k5(t: Terms) -> Pair:
     return t.rho * log_w.exp() * log_w, -t.rho * torch.expm1(log_w)
 
 
+def unclipped(
+    ratio: Tensor, advantage: Tensor, low: float, high: float, dual: float = math.inf
+) -> Tensor:
+    """Where a clipped policy gradient has a slope; low, high: the ratio's own bounds."""
+    return torch.where(advantage < 0, (ratio > low) & (ratio < dual), ratio < high)
+
+
 def _clipped(ratio: Tensor, advantage: Tensor, t: Terms) -> Pair:
     """-min(ratio A, clip(ratio, 1 - low, 1 + high) A), for A < 0 at most -dual_clip A."""
     low, high, dual = 1 - t["clip_low"], 1 + t["clip_high"], t["dual_clip"]
     objective = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
     negative = advantage < 0
-    active = torch.where(negative, (ratio > low) & (ratio < dual), ratio < high)
+    active = unclipped(ratio, advantage, low, high, dual)
     if dual < math.inf:
         objective = torch.where(negative, torch.maximum(objective, dual * advantage), objective)
     return -objective, torch.where(active, -ratio * advantage, 0.0)

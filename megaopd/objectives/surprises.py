@@ -1,5 +1,6 @@
 """What an objective does that is allowed and still likely to surprise."""
 
+from megaopd.objectives.names import CLIPPED
 from megaopd.objectives.spec import ObjectiveConfig
 
 
@@ -9,15 +10,16 @@ def warnings(
     temperature: float,
     top_p: float,
     top_k: int,
+    updates: int = 1,
     mixed: bool = False,
     answers: bool = False,
 ) -> list[str]:
-    """What is allowed and still likely to surprise; the arguments are the sampling law's.
+    """What is allowed and still likely to surprise; temperature, top_p and top_k are the sampling
+    law's.
 
+    updates: optimizer steps per rollout.
     mixed: whether samples of others are there for objective.sft_coef. answers: whether the loss is
     taken on the data's answers alone.
-
-    The reasons count for one optimizer step per rollout, on samples of the student.
     """
     o, found = objective, []
     if o.loss == "k3":
@@ -39,7 +41,12 @@ def warnings(
         found.append(f"objective.cap = {o.cap} makes the gradient of f_pg biased")
     if o.needs_teacher and (o.is_sampled or o.variant == "sampled_tail"):
         found += _law_warnings(o, temperature, top_p, top_k)
-    if o.clip_low or o.clip_high:
+    if updates > 1 and o.loss in CLIPPED and not (o.clip_low and o.clip_high):
+        found.append(
+            f"objective.loss = {o.loss} without clip_low and clip_high follows its ratio to the "
+            f"sampling weights wherever {updates} optimizer steps per rollout take it"
+        )
+    if updates == 1 and (o.clip_low or o.clip_high):
         found.append(
             "objective.clip_low and clip_high do nothing: with one optimizer step per rollout the "
             "ratio to the sampling weights is 1"

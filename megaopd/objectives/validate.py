@@ -48,6 +48,7 @@ class Needs:
     teacher: bool
     labels: bool  # the sampled (sft: the data's) token of each row
     old_log_prob_pass: bool  # the trainer's log-probs of the sampled tokens before the update
+    ratio: bool  # the same, where several optimizer steps are taken per rollout
     statistics_pass: bool  # token weights that depend on all tokens of the step
     rewards: bool  # rewards of a group of samples
     payloads: tuple[str, ...]  # the PAYLOADS that suffice
@@ -62,6 +63,7 @@ def needs(objective: "ObjectiveConfig") -> Needs:
         teacher=o.needs_teacher,
         labels=labels,
         old_log_prob_pass=o.tis != "off" or o.needs_sequences,
+        ratio=o.is_sampled or bool(o.rl) or bool(o.returns) or o.variant == "sampled_tail",
         statistics_pass=o.tis in ("mask", "reject"),
         rewards=o.needs_rewards,
         payloads=_payloads(o),

@@ -38,7 +38,8 @@ def job_of(config: Config, world: int, *, teacher_layout: str = "") -> Job:
         chunk=law.chunk_size,
         distributed=config.optim.distributed,
         laws=2 if tempered else 1,
-        old_log_probs=needs(law).old_log_prob_pass,
+        old_log_probs=needs(law).old_log_prob_pass
+        or (config.trainer.updates > 1 and needs(law).ratio),
         rollout=_rollout(config),
         rollout_batch=config.rollout.batch_size,
     )

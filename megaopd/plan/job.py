@@ -73,7 +73,7 @@ class Job:
     spec: Spec = "te"
     distributed: bool = True  # optimizer state split over data-parallel ranks
     laws: int = 1  # sets of terms that need a copy of the logits (losses/plan.py)
-    old_log_probs: bool = False  # one more forward pass, for importance weights
+    old_log_probs: bool = False  # one more forward pass, for ratios to the old weights
     # Where responses are sampled: inside the ranks, on servers of the same GPUs, or on others.
     rollout: Literal["none", "embedded", "colocated", "separate"] = "none"
     rollout_batch: int = 0  # sequences in the embedded engine's key/value cache

@@ -57,15 +57,25 @@ class MicroBatch:
     # Made before the update where the objective asks for it (importance.py), on the last stage.
     importance_weights_T: Any = None  # [T] float32: weights_T x importance weight / what survives
     importance_sums: Any = None  # [4] float64: sum w, sum w^2, clipped or dropped, counted
+    # Of labels_T by the student before the step's first update, where a ratio to it is wanted.
+    old_log_probs_T: Any = None  # [T] float32, on the last stage
     # weights_T of each loss family (a term of the objective), where samples differ in theirs.
     families: Mapping[str, Any] = field(default_factory=dict)
     sampled_T: Any = None  # [T] bool: of mask_T what the student sampled; None: all of it
     advantage_T: Any = None  # [T] float32: of each token's sample; None: no sample has one
     returns_T: Any = None  # [T] float32: of what follows each token; on the last stage
 
+    def family(self, name: str) -> Any:
+        """[T]: the weights of a loss family; 0 where samples say which terms see them, and none
+        says this one."""
+        if not self.families or not name:
+            return self.weights_T
+        own = self.families.get(name)
+        return self.weights_T.new_zeros(self.weights_T.shape) if own is None else own
+
     def term_weights(self, name: str = "", *, importance: bool) -> Any:
         """[T]: the token weights of a term, with importance weights where there are any."""
-        own = self.families.get(name, self.weights_T)
+        own = self.family(name)
         if not importance or self.importance_weights_T is None:
             return own
         if own is self.weights_T:
@@ -103,6 +113,23 @@ def _members(samples: Sequence[Sample]) -> dict[str, list[bool]]:
     named = [s.weights for s in samples if s.weights is not None]
     names = dict.fromkeys(name for weights in named for name in weights)
     return {name: [name in (s.weights or {}) for s in samples] for name in names}
+
+
+def mini_batches_of(samples: Sequence[Sample], count: int) -> list[list[Sample]]:
+    """The samples of a step in `count` parts (fewer where there are fewer prompts), in order.
+
+    Each kind is dealt out by whole prompts, so that a part has its share of every loss family.
+    """
+    if count == 1:
+        return [list(samples)]
+    parts: list[list[Sample]] = [[] for _ in range(count)]
+    for kind in dict.fromkeys(s.kind for s in samples):
+        prompts = dict.fromkeys(s.prompt.id for s in samples if s.kind == kind)
+        place = {prompt: i * count // len(prompts) for i, prompt in enumerate(prompts)}
+        for sample in samples:
+            if sample.kind == kind:
+                parts[place[sample.prompt.id]].append(sample)
+    return [part for part in parts if part]
 
 
 def make_micro_batches(

@@ -63,15 +63,21 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """The batch of one optimizer step."""
+    """The batch of one step: how it is cut, and how many optimizer steps it makes."""
 
     micro_batch_size: int = 1  # sequences of one forward pass on one data-parallel rank
     # Pack samples of any length into rows of that many tokens, one row a forward pass; 0: pad each
     # to the longest of the step.
     micro_batch_tokens: int = 0
     max_sequence: int = 0  # longest prompt + response; 0: no limit
+    # A step's samples in so many parts of whole prompts, with an optimizer step for each.
+    mini_batches: int = 1
+    epochs: int = 1  # passes over these parts
 
     def __post_init__(self) -> None:
+        for name in ("mini_batches", "epochs"):
+            if getattr(self, name) < 1:
+                raise UserError(f"trainer.{name} = {getattr(self, name)}", expected="at least 1")
         if self.micro_batch_size < 1:
             raise UserError(
                 f"trainer.micro_batch_size = {self.micro_batch_size}", expected="at least 1"
@@ -87,6 +93,11 @@ class TrainerConfig:
                 expected="one of them: a packed row holds as many samples as it has room for",
                 fix="leave trainer.micro_batch_size at 1",
             )
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps for the samples of one step."""
+        return self.mini_batches * self.epochs
 
     def longest(self, positions: int) -> int:
         """Tokens that a sample of a model with that many positions may have."""

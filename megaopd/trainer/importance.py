@@ -1,7 +1,7 @@
 """Importance weights of the sampled tokens, from a forward pass of the student before its update.
 
-The ratio p_trainer(y) / p_engine(y) at the weights that sampled y. With one optimizer step per
-rollout these are the current ones, so that one pass serves the whole step.
+The ratio p_trainer(y) / p_engine(y), both at the weights that sampled y: those before the step's
+first update.
 
 Shapes: T the places of a micro-batch that the loss looks at.
 """

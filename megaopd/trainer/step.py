@@ -17,18 +17,17 @@ from megaopd.objectives.spec import ObjectiveConfig
 from megaopd.objectives.terms import TERMS, WeightedTerm, make_terms
 from megaopd.parallel import Grid, as_chunks, sum_from_last_stage
 from megaopd.trainer.batch import MicroBatch
+from megaopd.trainer.ratios import RATIO_SUMS, ratio_rows, watches_ratio
 
 # Sums over the tokens of the step, in this order; token means are made of them at the end. What an
 # objective does not have is 0, so that every rank reduces the same vector.
 STATS = ("student_log_prob", "student_entropy", "teacher_log_prob", "teacher_entropy", *LIST_STATS)
-# Whether the teacher gives the sampled token more than e times the student's probability: the only
-# tokens that a biased top-k gradient raises.
-RATIO_SUMS = ("teacher_prefers",)
 ROLLOUT_SUMS = ("rollout_abs_diff", "rollout_k3", "rollout_ratio", "rollout_ratio_squared")
 IMPORTANCE_SUMS = ("weight", "weight_squared", "outside", "counted")
 COUNTS = tuple(f"{name}_tokens" for name in TERMS)  # of each term's family
 SUMS = (
-    "loss", "tokens", *TERMS, *COUNTS, *STATS, *RATIO_SUMS, *ROLLOUT_SUMS, *IMPORTANCE_SUMS,
+    "loss", "tokens", *TERMS, *COUNTS, *STATS, "teacher_prefers", *ROLLOUT_SUMS, *RATIO_SUMS,
+    *IMPORTANCE_SUMS,
 )  # fmt: skip
 # Tokens by |log p - log q| of the sampled one, in bins of this many nats; the last takes the rest.
 BINS, BIN_NATS = 64, 0.25
@@ -183,7 +182,7 @@ def objective_pass(
             return_stats=True,
             stats_k=objective.stats_k or None,
         )
-        return result.loss, torch.zeros((), dtype=torch.int), _token_sums(result, micro)
+        return result.loss, torch.zeros((), dtype=torch.int), _token_sums(result, micro, objective)
 
     sums = run_schedule(model, grid, inputs, forward_step, forward_only=forward_only)
     totals, bins = _reduce(sums, grid, device=micro_batches[0].tokens.device)
@@ -206,6 +205,8 @@ def _inputs(objective: ObjectiveConfig, micro: MicroBatch) -> dict[str, Any]:
         return torch.zeros_like(micro.weights_T) if x_T is None else x_T
 
     inputs = {}
+    if micro.old_log_probs_T is not None:
+        inputs["old_log_prob"] = micro.old_log_probs_T
     if objective.rl:  # none: every group of the step has equal rewards
         inputs["advantage"] = given(micro.advantage_T)
     if objective.returns:  # none: the pass before the update was not made, as in an evaluation
@@ -213,7 +214,7 @@ def _inputs(objective: ObjectiveConfig, micro: MicroBatch) -> dict[str, Any]:
     return inputs
 
 
-def _token_sums(result: Any, micro: MicroBatch) -> Any:
+def _token_sums(result: Any, micro: MicroBatch, objective: ObjectiveConfig) -> Any:
     """[n + BINS] fp64 sums over this micro-batch's tokens, in the order of SUMS, and the bins."""
     import torch
 
@@ -221,21 +222,25 @@ def _token_sums(result: Any, micro: MicroBatch) -> Any:
     rows = dict(result.stats)
     if "student_log_prob" in rows:
         # Engine against trainer on the sampled token: k3 of the trainer's law over the engine's.
-        diff = rows["student_log_prob"].double() - micro.rollout_log_probs_T.double()
+        old = micro.old_log_probs_T  # None: nothing has been updated since
+        own = rows["student_log_prob"] if old is None else old
+        diff = own.double() - micro.rollout_log_probs_T.double()
         diff = torch.where(mask, diff, 0.0)
         rows["rollout_abs_diff"] = diff.abs()
         rows["rollout_k3"] = torch.expm1(diff.clamp(-20, 20)) - diff
         rows["rollout_ratio"] = bounded_exp(diff)
         rows["rollout_ratio_squared"] = rows["rollout_ratio"].square()
+    rows |= ratio_rows(objective, micro, rows)
     bins = torch.zeros(BINS, dtype=torch.float64, device=mask.device)
     if "student_log_prob" in rows and "teacher_log_prob" in rows:
         ratio = rows["student_log_prob"].double() - rows["teacher_log_prob"].double()
+        # The only tokens that a biased top-k gradient raises: q > e p.
         rows["teacher_prefers"] = (ratio < -1.0).double()
         place = (ratio.abs() / BIN_NATS).nan_to_num(BINS, BINS).clamp(max=BINS - 1).long()
         bins.index_add_(0, place, mask.double())
     sums = {name: torch.where(mask, row.double(), 0.0).sum() for name, row in rows.items()}
     for name, row in result.terms.items():
-        own = micro.mask_T if name not in micro.families else micro.families[name] > 0
+        own = micro.family(name) > 0 if micro.families else micro.mask_T
         sums[name] = torch.where(own, row.double(), 0.0).sum()
         sums[f"{name}_tokens"] = own.sum().double()
     sums |= {"loss": result.loss.detach().double(), "tokens": mask.sum().double()}
@@ -307,6 +312,8 @@ def _metrics(
         metrics["rollout_log_prob_diff"] = means["rollout_abs_diff"]
         metrics["rollout_k3"] = means["rollout_k3"]
         metrics["rollout_ess"] = _ess(totals, "rollout_ratio")
+    if watches_ratio(objective):
+        metrics |= {f"ratio/{name[6:]}": means[name] for name in RATIO_SUMS}
     if totals["counted"]:
         metrics["tis/ess"] = _ess(totals, "weight")
         metrics["tis/clip_fraction"] = totals["outside"] / totals["counted"]

@@ -1,6 +1,7 @@
 """The student: a sharded model with its optimizer and schedule, updated one step at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megaopd import faults, platform
@@ -101,7 +102,23 @@ class Student:
         reference: BaseTeacher | None = None,
         step: int = 0,
     ) -> dict[str, float]:
-        """One optimizer step; the objective's metrics with grad_norm and lr, equal on every rank.
+        """One optimizer step: `updates` of a single mini-batch."""
+        return self.updates([micro_batches], teacher, reference=reference, step=step)
+
+    def updates(
+        self,
+        mini_batches: Sequence[Sequence[MicroBatch]],
+        teacher: BaseTeacher | None = None,
+        *,
+        reference: BaseTeacher | None = None,
+        step: int = 0,
+        epochs: int = 1,
+    ) -> dict[str, float]:
+        """An optimizer step for each mini-batch of one rollout, `epochs` times over.
+
+        The objective's metrics with grad_norm and lr, equal on every rank; of several optimizer
+        steps their means (metrics_of_updates). Old log-probs are all taken before the first one.
+        The learning rate is that of `step`, for all of them.
 
         Args:
             reference: the base model of the objective's target.
@@ -112,28 +129,34 @@ class Student:
             UserError: importance weights for samples without log-probs.
         """
         self.objective = self.objectives.at(step)
-        laws = [_law(model, micro_batches) for model in (teacher, reference)]
-        told: dict[str, float] = {}
-        if needs(self.objective).old_log_prob_pass:
-            if laws[0] is not None and self.objective.needs_sequences:
-                laws[0] = laws[0].held()
-            micro_batches, told = self._look_ahead(micro_batches, laws[0])
-        self.pace.begin()
-        for ddp in self.wrapped:
-            ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        metrics = self._pass(micro_batches, *laws, forward_only=False)
-        faults.point("optimizer")
-        lr = self.optimizer.param_groups[0]["lr"]
-        done, grad_norm, _ = self.optimizer.step()
-        assert done, "the optimizer skipped a step without loss scaling"
+        several = len(mini_batches) * epochs > 1
+        laws = [_law(model, mini_batches[0]) for model in (teacher, reference)]
+        if laws[0] is not None and self.objective.needs_sequences:
+            laws[0] = laws[0].held()  # it is looked at before the update, too
+        prepared = []
+        for i, one in enumerate(mini_batches):
+            again = i > 0 and self.objective.needs_sequences
+            law = _law(teacher, one) if again else laws[0]
+            prepared.append(self._look_ahead(one, law, ratio=several))
+        found = []
+        for micro_batches, told in [one for _ in range(epochs) for one in prepared]:
+            if found:
+                laws = [_law(model, micro_batches) for model in (teacher, reference)]
+            found.append(told | self._optimizer_step(micro_batches, laws))
         self.schedule.step(increment=1)
-        return {**metrics, **told, "grad_norm": float(grad_norm), "lr": float(lr)}
+        return metrics_of_updates(found)
 
     def _look_ahead(
-        self, micro_batches: Sequence[MicroBatch], teacher: FrozenLaw | None
+        self, micro_batches: Sequence[MicroBatch], teacher: FrozenLaw | None, *, ratio: bool
     ) -> tuple[Sequence[MicroBatch], dict[str, float]]:
-        """What the loss needs to know of the sampled tokens before the update, and its metrics."""
+        """What the loss needs to know of the sampled tokens before the first update, with metrics.
+
+        ratio: several updates follow, and losses on sampled tokens take their ratio to these.
+        """
+        wanted = needs(self.objective)
+        ratio = ratio and wanted.ratio
+        if not (wanted.old_log_prob_pass or ratio):
+            return micro_batches, {}
         log_probs = token_log_probs(
             self.wrapped,
             self.output_weight,
@@ -152,7 +175,25 @@ class Student:
             micro_batches, told = with_sequences(
                 self.grid, micro_batches, log_probs, teacher, self.objective, vocab=self.vocab
             )
+        if ratio:
+            pairs = zip(micro_batches, log_probs, strict=True)
+            micro_batches = [replace(micro, old_log_probs_T=old_T) for micro, old_T in pairs]
         return micro_batches, told
+
+    def _optimizer_step(
+        self, micro_batches: Sequence[MicroBatch], laws: Sequence[FrozenLaw | None]
+    ) -> dict[str, float]:
+        """laws: the teacher's and the reference's."""
+        self.pace.begin()
+        for ddp in self.wrapped:
+            ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        metrics = self._pass(micro_batches, *laws, forward_only=False)
+        faults.point("optimizer")
+        lr = self.optimizer.param_groups[0]["lr"]
+        done, grad_norm, _ = self.optimizer.step()
+        assert done, "the optimizer skipped a step without loss scaling"
+        return {**metrics, "grad_norm": float(grad_norm), "lr": float(lr)}
 
     def log_probs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
         """Of token_ids[1:], each given what stands before it, at temperature 1; a collective."""
@@ -232,6 +273,20 @@ class Student:
         if "rng" in state:
             torch.set_rng_state(state["rng"]["torch"])
             rng_tracker().set_states(state["rng"]["tracker"])
+
+
+def metrics_of_updates(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of one rollout's optimizer steps: means over its tokens; their sum, and plain means of losses
+    and gradient norms."""
+    if len(found) == 1:
+        return dict(found[0])
+    tokens = [one["tokens"] for one in found]
+    mean = {}
+    for name in found[0]:
+        weights = [1.0] * len(found) if name in ("loss", "grad_norm") else tokens
+        total = sum(w * one[name] for w, one in zip(weights, found, strict=True))
+        mean[name] = total / max(sum(weights), 1.0)
+    return {**mean, "tokens": sum(tokens), "lr": found[0]["lr"], "updates": float(len(found))}
 
 
 def _law(model: BaseTeacher | None, micro_batches: Sequence[MicroBatch]) -> FrozenLaw | None:
