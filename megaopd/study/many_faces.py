@@ -55,6 +55,12 @@ def _keyed(source: str, loss: str) -> dict[str, Any]:
     }
 
 
+def _reader(sight: str) -> dict[str, Any]:
+    values = merged(_loss(loss="jsd"), {"student": {"path": "{told_student}"}})
+    seen = {"data": {"teacher_sees": sight, "teacher_text": TOLD}}
+    return values if sight == "nothing" else merged(values, seen)
+
+
 # The block of question 3: where the student comes from x the teacher x what the teacher sees.
 STUDENTS = {"raw": "{raw_student}", "SFT": "{student}"}
 TEACHERS = {
@@ -102,6 +108,11 @@ CASES: tuple[Case, ...] = (
     # 4: the student as its own teacher
     Case("self, sees the answer", 4, merged(merged(_loss(loss="jsd"), SEES), SELF)),
     Case("self, sees nothing", 4, merged(_loss(loss="jsd"), SELF)),
+    # One that has learnt to read what it is shown.
+    *(
+        Case(f"self that can read, sees {sight}", 4, merged(_reader(sight), SELF))
+        for sight in ("nothing", "answer", "solution")
+    ),
     Case("key of its own", 4, _keyed(f"hidden{KEYS}", "rkl")),
     Case("key of its own, forward KL", 4, _keyed(f"hidden{KEYS}", "fkl")),
     Case("shared rule", 4, _keyed(f"rule{KEYS}", "rkl")),
@@ -233,9 +244,22 @@ FINDINGS: tuple[Finding, ...] = (
         lambda f: _mean_of(f, "SFT student") > _mean_of(f, "raw student"),
     ),
     Finding(
-        "Self-distillation with the answer as privileged information gains nothing (at most 0.02)",
+        "Self-distillation with the answer as privileged information gains nothing (at most 0.02), "
+        "of a student that has learnt to read it",
+        ("self that can read, sees answer", "self that can read, sees nothing"),
+        lambda f: _gain(f["self that can read, sees answer"]) <= 0.02,
+        ("before", "accuracy"),
+    ),
+    Finding(
+        "So it does with the solution",
+        ("self that can read, sees solution", "self that can read, sees nothing"),
+        lambda f: _gain(f["self that can read, sees solution"]) <= 0.02,
+        ("before", "accuracy"),
+    ),
+    Finding(
+        "What the teacher cannot read destroys the student (a loss of more than 0.1)",
         ("self, sees the answer", "self, sees nothing"),
-        lambda f: _gain(f["self, sees the answer"]) <= 0.02,
+        lambda f: _gain(f["self, sees the answer"]) < -0.1,
         ("before", "accuracy"),
     ),
     Finding(
