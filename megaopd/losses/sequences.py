@@ -2,6 +2,8 @@
 
 With l_t = log p(y_t) - log q(y_t), all detached and at the weights that sampled y:
 
+    reweighting      w_t = clip(2 sigmoid(z_t sign A), 1 - eps, 1 + eps), z_t the log-ratio less its
+                     mean over the response, in its standard deviations           (OPSD in GRPO)
     returns          R_t = sum_{u > t} -l_u, or its mean over those u                    (MiniLLM)
     posterior        w = exp(log pi_0(y) - log p(y) + r / b), over its mean in the group  (GDC/DPG)
 
@@ -58,6 +60,26 @@ def posterior_weights(log_weight_N: Tensor, groups: Sequence[Sequence[int]]) -> 
         places = torch.tensor(list(group), device=log_weight_N.device)
         found[places] = log_weight_N[places].double().softmax(0) * len(places)
     return found
+
+
+def advantage_weights(
+    log_ratio_nL: Tensor, mask_nL: Tensor, advantage_n: Tensor, clip: float
+) -> Tensor:
+    """w [n, L] float64, 1 where mask is 0, and where a response has no spread.
+
+    Args:
+        log_ratio_nL: log q(y_t) - log p(y_t).
+        mask_nL: tokens that count.
+        advantage_n: of whole samples; its sign turns the teacher's preference round.
+    """
+    mask = mask_nL.bool()
+    own = torch.where(mask, log_ratio_nL.double(), 0.0)
+    count = mask.sum(1, keepdim=True).clamp_min(1)
+    centred = torch.where(mask, own - own.sum(1, keepdim=True) / count, 0.0)
+    spread = (centred.square().sum(1, keepdim=True) / count).sqrt()
+    z = torch.where(spread > 1e-8, centred / spread.clamp_min(1e-8), 0.0)
+    weight = 2 * torch.sigmoid(z * advantage_n.double().sign()[:, None])
+    return torch.where(mask, weight.clamp(1 - clip, 1 + clip), 1.0)
 
 
 def _from_here_on(x_nL: Tensor) -> Tensor:

@@ -46,6 +46,10 @@ PRESETS: dict[str, Preset] = {
     "kdrl": Preset(
         "2506.02208", "GRPO and half the squared log-ratio, its factor 5e-3 falling to 1e-3",
         {"loss": "k2", "rl": "ppo", "coef": 5e-3, "coef_end": 1e-3, "coef_steps": 80}),
+    "opsd_grpo": Preset(
+        "2605.11182", "GRPO, a token's advantage weighed by how the teacher, which sees more, "
+        "likes it within its response",
+        {"loss": "none", "rl": "ppo", "rl_weigh": "teacher"}),
     "skill_sd": Preset(
         "2604.10674", "GRPO and 1e-3 times k3 through the live ratio; the teacher sees skills",
         {"loss": "k3pp", "rl": "ppo", "coef": 1e-3}),

@@ -1,8 +1,9 @@
 """What an objective asks of whole sequences, and where that is refused.
 
 returns: the log-ratios of the tokens that follow; rl = dpg: the sample's weight under the posterior
-that rewards make of the initial policy. Both are known before the update, from one forward pass of
-the student and one of the teacher (trainer/sequences.py).
+that rewards make of the initial policy; rl_weigh: where in its response the teacher likes a token.
+All are known before the update, from one forward pass of the student and one of the teacher
+(trainer/sequences.py).
 """
 
 from typing import TYPE_CHECKING
@@ -26,6 +27,12 @@ def check_sequences(o: "ObjectiveConfig") -> None:
         _check_returns(o)
     if o.rl == "dpg":
         _check_posterior(o)
+    if not 0 < o.rl_weigh_clip < 1:
+        raise UserError(
+            f"objective.rl_weigh_clip = {o.rl_weigh_clip}",
+            expected="above 0 and below 1: how far from 1 the factor of an advantage may go",
+            fix="set objective.rl_weigh_clip=0.2",
+        )
 
 
 def _check_returns(o: "ObjectiveConfig") -> None:

@@ -92,6 +92,11 @@ class ObjectiveConfig:
     rl_clip_low: float = 0.2  # the ratio is clipped at 1 - rl_clip_low
     rl_clip_high: float = 0.28  # and at 1 + rl_clip_high
     dual_clip: float = 3.0  # of the ratio where the advantage is negative
+    # Of a token's advantage. teacher: where the teacher likes the token more than the rest of its
+    # response, it counts more in a good response and less in a bad one (OPSD as a reweighting of
+    # GRPO); nothing is imitated. Costs one more forward pass.
+    rl_weigh: Literal["", "teacher"] = ""
+    rl_weigh_clip: float = 0.2  # the factor lies between 1 - this and 1 + this
     mix: float = 0.5  # trrd: the old policy's share of the mean
     reward_scale: float = 0.05  # dpg: rewards are divided by it
     # What is asked of samples that are not to be forgotten ([mix]), with the teacher as the law
@@ -132,7 +137,8 @@ class ObjectiveConfig:
 
     @property
     def needs_teacher(self) -> bool:
-        return self.distils or self.rl in ("trrd", "dpg") or bool(self.replay)
+        told = self.rl in ("trrd", "dpg") or bool(self.rl_weigh or self.replay)
+        return self.distils or told
 
     @property
     def on_policy(self) -> bool:
@@ -142,7 +148,7 @@ class ObjectiveConfig:
     @property
     def needs_sequences(self) -> bool:
         """Both models' log-probs of whole sequences before the update."""
-        return bool(self.returns) or self.rl == "dpg"
+        return bool(self.returns or self.rl_weigh) or self.rl == "dpg"
 
     @property
     def needs_rewards(self) -> bool:

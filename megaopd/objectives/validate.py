@@ -205,6 +205,8 @@ _USERS: dict[str, tuple[Callable[["ObjectiveConfig"], bool], str]] = {
     "rl_clip_low": (lambda o: o.rl in ("ppo", "trrd"), "objective.rl = ppo and trrd"),
     "rl_clip_high": (lambda o: o.rl in ("ppo", "trrd"), "objective.rl = ppo and trrd"),
     "dual_clip": (lambda o: o.rl in ("ppo", "trrd"), "objective.rl = ppo and trrd"),
+    "rl_weigh": (lambda o: o.rl in ("ppo", "trrd"), "objective.rl = ppo and trrd"),
+    "rl_weigh_clip": (lambda o: bool(o.rl_weigh), "objective.rl_weigh"),
     "mix": (lambda o: o.rl == "trrd", "objective.rl = trrd"),
     "reward_scale": (lambda o: o.rl == "dpg", "objective.rl = dpg"),
     "replay_coef": (lambda o: bool(o.replay), "objective.replay"),

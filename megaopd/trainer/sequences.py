@@ -12,7 +12,7 @@ from typing import Any
 
 from megaopd.data.packing import split_source
 from megaopd.losses import fused_linear_log_prob
-from megaopd.losses.sequences import posterior_weights, returns_to_go
+from megaopd.losses.sequences import advantage_weights, posterior_weights, returns_to_go
 from megaopd.objectives.spec import ObjectiveConfig
 from megaopd.parallel import Grid, sum_from_last_stage
 from megaopd.trainer.batch import MicroBatch
@@ -43,6 +43,11 @@ def with_sequences(
     if objective.returns:
         found = [
             micro if log_p is None else _with_returns(micro, log_q - log_p, objective.returns, grid)
+            for micro, log_p, log_q in zip(found, log_probs, taught, strict=True)
+        ]
+    if objective.rl_weigh:
+        found = [
+            micro if log_p is None else _reweighed(micro, log_q - log_p, objective, grid)
             for micro, log_p, log_q in zip(found, log_probs, taught, strict=True)
         ]
     if objective.rl == "dpg":
@@ -87,6 +92,23 @@ def _with_returns(micro: MicroBatch, log_ratio_T: Any, how: str, grid: Grid) -> 
     mask = by_sample(micro.mask_T.to(torch.int32), micro, grid) > 0
     table = returns_to_go(by_sample(log_ratio_T, micro, grid), mask, how)
     return replace(micro, returns_T=by_token(table, micro).to(micro.weights_T))
+
+
+def _reweighed(
+    micro: MicroBatch, log_ratio_T: Any, objective: ObjectiveConfig, grid: Grid
+) -> MicroBatch:
+    import torch
+
+    if micro.advantage_T is None:  # every group of the step has equal rewards
+        return micro
+    mask = by_sample(micro.mask_T.to(torch.int32), micro, grid) > 0
+    # A sample's advantage is that of any of its tokens.
+    given = by_sample(micro.advantage_T, micro, grid)
+    advantage = torch.where(mask, given, 0.0).sum(1)
+    ratio = by_sample(log_ratio_T, micro, grid)
+    table = advantage_weights(ratio, mask, advantage, objective.rl_weigh_clip)
+    weight_T = by_token(table, micro).to(micro.advantage_T)
+    return replace(micro, advantage_T=micro.advantage_T * weight_T)
 
 
 def _with_posterior(

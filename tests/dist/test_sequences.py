@@ -14,6 +14,7 @@ OBJECTIVES = {
         "loss": "k1_reward", "returns": "sum", "coef": 0.05, "rl": "ppo", "advantage": "centred",
         "loss_agg": "seq-mean-token-sum",
     },
+    "opsd_grpo": {"loss": "none", "rl": "ppo", "rl_weigh": "teacher", "rl_weigh_clip": 0.4},
     "posterior_fkl": {"loss": "none", "rl": "dpg", "reward_scale": 0.5},
 }  # fmt: skip
 
@@ -57,6 +58,12 @@ def dense(paths, values):
         if objective.rl == "dpg":
             log_weights.append(float(ratio.sum()) + sample.reward / objective.reward_scale)
             losses.append(-log_p)
+            continue
+        if objective.rl_weigh:
+            z = (ratio - ratio.mean()) / ratio.std(correction=0)
+            sign = 1.0 if sample.advantage > 0 else -1.0
+            weight = (2 * torch.sigmoid(z * sign)).clamp(0.6, 1.4)
+            losses.append(-sample.advantage * weight * (log_p - log_p.detach() + 1.0))
             continue
         if objective.returns == "mean":
             long = torch.stack([x.mean() if len(x) else x.sum() for x in after])

@@ -138,7 +138,7 @@ REPLAY = ["mix.kind=replay", "mix.source=responses.jsonl", "mix.per_step=4"]
 # What a method needs beside its preset.
 AROUND = {
     **dict.fromkeys(("kdrl", "skill_sd", "rlad", "rapo", "paced"), GROUPS),
-    **dict.fromkeys(("posterior_rkl", "posterior_fkl"), GROUPS),
+    **dict.fromkeys(("posterior_rkl", "posterior_fkl", "opsd_grpo"), GROUPS),
     "grpo": [one for one in GROUPS if not one.startswith("teacher")],
     "dph_f": [*GROUPS, *REPLAY],
     "dph_js": [*GROUPS, *REPLAY],

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from megaopd.losses.sequences import posterior_weights, returns_to_go
+from megaopd.losses.sequences import advantage_weights, posterior_weights, returns_to_go
 
 V, LENGTH = 3, 3
 
@@ -85,3 +85,17 @@ def test_posterior_weights_have_mean_1_in_each_group():
     torch.testing.assert_close(found[:2].sum(), torch.tensor(2.0, dtype=torch.float64))
     want = 3 * log_weight[2:5].double().softmax(0)
     torch.testing.assert_close(found[2:5], want)
+
+
+def test_a_token_that_the_teacher_likes_counts_more_where_the_response_was_good():
+    ratio = torch.tensor([[0.0, 2.0, 1.0], [0.0, 2.0, 1.0], [0.0, 2.0, 9.0], [3.0, 3.0, 3.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 1]])
+    advantage = torch.tensor([0.5, -2.0, 1.0, 1.0])
+    found = advantage_weights(ratio, mask, advantage, 0.9)
+    assert found[0, 1] > 1 > found[0, 0] and found[0, 2] == 1
+    torch.testing.assert_close(found[1, :2], found[0, :2].flip(0))
+    # What does not count is not looked at; z = -1 and 1.
+    sure = 2 * torch.sigmoid(torch.tensor(1.0, dtype=torch.float64))
+    torch.testing.assert_close(found[2], torch.stack([2 - sure, sure, torch.ones_like(sure)]))
+    assert (found[3] == 1).all()
+    assert advantage_weights(ratio, mask, advantage, 0.2).max() == 1.2
