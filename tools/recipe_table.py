@@ -1,7 +1,8 @@
 """Every method's tiny variant over some seeds, judged by the metric that its recipe names.
 
 python tools/recipe_table.py                      all methods, seeds 0 1 2 -> docs/recipes.md, .json
-python tools/recipe_table.py --only grpo kdrl     some of them; the others stay in the table
+python tools/recipe_table.py --only grpo kdrl --out docs/recipes_some     some of them and their
+                                                  baselines, in a table of their own
 python tools/recipe_table.py --pages              docs/methods/: a page a method, from the recipes
 
 What the folder of runs has already is not run again. An improvement is claimed where the metric
@@ -34,24 +35,13 @@ def main() -> int:
     parser.add_argument("--pages", action="store_true", help="only write docs/methods/")
     options = parser.parse_args()
     if options.pages:
-        write_pages(json.loads(options.out.with_suffix(".json").read_text())["runs"])
+        write_pages()
         return 0
     names = list(dict.fromkeys(_with_baselines(options.only or methods())))
-    kept = _kept(options) if options.only else []
-    names = [n for n in names if n in options.only or n not in {r["method"] for r in kept}]
     records = [_run(name, options.work, seed) for seed in options.seeds for name in names]
-    records = sorted(kept + records, key=lambda r: methods().index(r["method"]))
     _write(options, records)
     failed = [r for r in records if "error" in r]
     return 1 if failed else 0
-
-
-def _kept(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """What the table holds of other methods that there still are, with these seeds."""
-    path = options.out.with_suffix(".json")
-    runs = json.loads(path.read_text())["runs"] if path.is_file() else []
-    known = set(methods()) - set(options.only)
-    return [r for r in runs if r["method"] in known and r["seed"] in options.seeds]
 
 
 def _with_baselines(names: list[str]) -> list[str]:
@@ -97,10 +87,18 @@ def _write(options: Any, records: list[dict[str, Any]]) -> None:
         record.pop("dir", None)
     record = {"seeds": options.seeds, "runs": records}
     options.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    name = options.out.name
+    only = f" --only {' '.join(options.only)} --out docs/{name}" if options.only else ""
     lines = [
         "# Methods at laptop scale",
         "",
-        "    python tools/recipe_table.py --seeds " + " ".join(map(str, options.seeds)),
+        "    python tools/recipe_table.py --seeds "
+        + " ".join(map(str, options.seeds))
+        + (
+            f" --only {' '.join(options.only)} --out docs/{options.out.name}"
+            if options.only
+            else ""
+        ),
         "",
         "The tiny variant of every recipe (`megaopd recipe NAME`): two-digit addition, a student "
         "of 25,312 parameters that knows a third of it, a",
@@ -130,24 +128,31 @@ def _write(options: Any, records: list[dict[str, Any]]) -> None:
         )
     lines += ["", f"Not as named: {', '.join(against) or 'none'}.", ""]
     options.out.with_suffix(".md").write_text("\n".join(lines))
-    write_pages(records)
+    write_pages()
 
 
-def write_pages(records: list[dict[str, Any]]) -> None:
-    """docs/methods/NAME.md, and an index."""
+def write_pages() -> None:
+    """docs/methods/NAME.md, and an index; a method's figures are from the first of the tables
+    docs/recipes*.json that has it."""
+    tables = {
+        path.with_suffix(".md").name: json.loads(path.read_text())["runs"]
+        for path in sorted(DOCS.glob("recipes*.json"))
+    }
     folder = DOCS / "methods"
     folder.mkdir(exist_ok=True)
     index = ["# Methods", "", "A page each, from the recipes in `megaopd/recipes/methods/`.", ""]
     index += ["| method | what | when |", "|---|---|---|"]
     for name in methods():
         one = method(name)
-        (folder / f"{name}.md").write_text(page(one, records))
+        found = (t for t, runs in tables.items() if any(r["method"] == name for r in runs))
+        table = next(found, "")
+        (folder / f"{name}.md").write_text(page(one, tables.get(table, []), table))
         index.append(f"| [{name}]({name}.md) | {one.about} | {one.when} |")
     (folder / "README.md").write_text("\n".join([*index, ""]))
 
 
-def page(one: Method, records: list[dict[str, Any]]) -> str:
-    """What, when, costs, settings, source, and what was measured."""
+def page(one: Method, records: list[dict[str, Any]], table: str) -> str:
+    """What, when, costs, settings, source, and what was measured (in the table of that name)."""
     source = f"arXiv {one.paper}" if one.paper[:4].isdigit() else one.paper
     lines = [f"# {one.name}", "", f"{one.about[0].upper()}{one.about[1:]}. Source: {source}.", ""]
     lines += [f"- When: {one.when}.", f"- Costs: {one.cost}.", ""]
@@ -168,7 +173,7 @@ def page(one: Method, records: list[dict[str, Any]]) -> str:
         d = found["differences"]
         lines.append(
             f"Measured at laptop scale over {len(d)} seeds: {found['after']:.3f} after, difference "
-            f"{statistics.mean(d):+.3f} [{min(d):+.3f}, {max(d):+.3f}] ([all](../recipes.md))."
+            f"{statistics.mean(d):+.3f} [{min(d):+.3f}, {max(d):+.3f}] ([all](../{table}))."
         )
     return "\n".join([*lines, "", "The full variant has not been run on GPUs.", ""])
 
