@@ -92,13 +92,7 @@ def _write(options: Any, records: list[dict[str, Any]]) -> None:
     lines = [
         "# Methods at laptop scale",
         "",
-        "    python tools/recipe_table.py --seeds "
-        + " ".join(map(str, options.seeds))
-        + (
-            f" --only {' '.join(options.only)} --out docs/{options.out.name}"
-            if options.only
-            else ""
-        ),
+        f"    python tools/recipe_table.py --seeds {' '.join(map(str, options.seeds))}{only}",
         "",
         "The tiny variant of every recipe (`megaopd recipe NAME`): two-digit addition, a student "
         "of 25,312 parameters that knows a third of it, a",
