@@ -37,7 +37,7 @@ def command(root: Path, seeds: Sequence[int], workers: int, only: Sequence[int])
     # Fresh interpreters, each of which imports once. First what cases share, so that no two make
     # the same stage.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=40) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
         failed = _all(pool, _make_stages, wanted, "stages, by seed")
         failed += _all(pool, _run_job, jobs, "cases")
     seconds = time.monotonic() - begun
