@@ -60,7 +60,8 @@ def dense(paths, values):
             losses.append(-log_p)
             continue
         if objective.rl_weigh:
-            z = (ratio - ratio.mean()) / ratio.std(correction=0)
+            spread = ratio.std(correction=0)
+            z = (ratio - ratio.mean()) / spread if spread > 1e-8 else torch.zeros_like(ratio)
             sign = 1.0 if sample.advantage > 0 else -1.0
             weight = (2 * torch.sigmoid(z * sign)).clamp(0.6, 1.4)
             losses.append(-sample.advantage * weight * (log_p - log_p.detach() + 1.0))
