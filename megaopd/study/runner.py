@@ -32,7 +32,7 @@ def command(root: Path, seeds: Sequence[int], workers: int, only: Sequence[int])
     jobs = [(root, seed, what) for seed in seeds for what in _missing(root, seed, questions)]
     minutes = len(jobs) * SECONDS / 60 / workers
     print(f"{len(cases)} cases x {len(seeds)} seeds, {len(jobs)} to run: about {minutes:.0f} min")
-    begun = time.monotonic()
+    begun, new = time.monotonic(), not (root / "figures").exists()
     wanted = [(root, seed, sorted(_stages_of(jobs, seed))) for seed in seeds]
     # Fresh interpreters, each of which imports once. First what cases share, so that no two make
     # the same stage.
@@ -41,7 +41,7 @@ def command(root: Path, seeds: Sequence[int], workers: int, only: Sequence[int])
         failed = _all(pool, _make_stages, wanted, "stages, by seed")
         failed += _all(pool, _run_job, jobs, "cases")
     seconds = time.monotonic() - begun
-    path = report.write(root, seeds, seconds=seconds if jobs and not failed else None)
+    path = report.write(root, seeds, seconds=seconds if new and not failed else None)
     print(f"{seconds:.0f} s; wrote {path}")
     for text in failed:
         print(f"failed: {text}")
