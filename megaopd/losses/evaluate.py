@@ -171,6 +171,7 @@ def _evaluate(
     if isinstance(term, CrossEntropy):
         value, slope = -facts.log_prob("s"), -torch.ones_like(scale)
     else:
+        assert isinstance(term, Sampled)  # a Sinkhorn term couples tokens: the engine takes it
         value, slope = _sampled(term, facts)
     coefs.p = coefs.p - scale * slope
     extra.at_label(scale * slope)
