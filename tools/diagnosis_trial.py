@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 DOCS = ROOT / "docs"
 UNSEEN = [101, 102]
 
-from megaopd.recipes import FOLDER, merged, method  # noqa: E402
+from megaopd.recipes import merged, method, shared  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -104,15 +104,12 @@ def main() -> int:
 
 def _run(case: Case, seed: int, work: Path) -> dict[str, Any]:
     """One run, and what its metrics raise."""
-    import tomllib
-
     from megaopd.report.diagnosis import diagnosis, symptoms
     from megaopd.report.metrics import read_metrics
-    from megaopd.study.stages import Stages
+    from megaopd.study.stages import Stages, slug
 
-    shared = tomllib.loads((FOLDER / "tiny.toml").read_text())
-    below = method(case.recipe).values("tiny") if case.recipe else shared
-    name = "".join(c if c.isalnum() else "_" for c in case.name)
+    below = method(case.recipe).values("tiny") if case.recipe else shared("tiny")
+    name = slug(case.name)
     try:
         values = merged(below, case.values)
         summary = Stages(work / f"seed_{seed}", seed).run(name, values)

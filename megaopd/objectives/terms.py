@@ -40,7 +40,7 @@ def make_terms(objective: ObjectiveConfig) -> dict[str, WeightedTerm]:
     if o.sinkd_coef:
         terms["sinkd"] = WeightedTerm(Sinkhorn(), o.sinkd_coef)
     if o.returns:
-        # One optimizer step per rollout: the ratio to the sampling weights is 1, and never clipped.
+        # Its ratio to the sampling weights is 1 but for the later updates of a rollout.
         long = Sampled(estimator="ppo", advantage="returns")
         terms["returns"] = WeightedTerm(long, o.coef)
     if o.rl:

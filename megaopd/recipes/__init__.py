@@ -49,12 +49,12 @@ class Method(About):
 
     def values(self, variant: Variant) -> dict[str, Any]:
         """A run's TOML values: the shared ones, the method's, and those of the variant."""
-        shared = read_toml(FOLDER / f"{variant}.toml")
+        below = shared(variant)
         own = {k: v for k, v in self.sections.items() if k not in ("recipe", "tiny", "full")}
         own = merged(own, self.sections.get(variant, {}))
         if own.get("teacher", {}).get("path") == "":  # no checkpoint, nor settings of one
-            shared.pop("teacher")
-        return merged(shared, own)
+            below.pop("teacher")
+        return merged(below, own)
 
 
 def methods() -> list[str]:
@@ -91,6 +91,11 @@ def stage_values(name: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no stage {name!r}", expected=f"a file {path.name} in {path.parent}")
     return read_toml(path)
+
+
+def shared(variant: Variant) -> dict[str, Any]:
+    """What all methods have in a variant."""
+    return read_toml(FOLDER / f"{variant}.toml")
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

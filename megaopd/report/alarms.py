@@ -236,7 +236,7 @@ class Watch:
 
     def see(self, metrics: Mapping[str, Any]) -> dict[str, str]:
         """The next step's metrics; the alarms that it raises and no step before it did."""
-        values = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
+        values = numbers(metrics)
         self._steps += 1
         self._last.append(values)
         if len(self._first) < FIRST:
@@ -279,6 +279,11 @@ def _towards(start: float, now: float, error: float) -> float:
     """`now`, nearer to `start` by ERRORS errors, at most there."""
     less = max(0.0, abs(now - start) - ERRORS * error)
     return start + math.copysign(less, now - start)
+
+
+def numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    """What of a line of metrics.jsonl is a number."""
+    return {k: float(v) for k, v in line.items() if isinstance(v, int | float)}
 
 
 def means(rows: Iterable[Metrics]) -> dict[str, float]:

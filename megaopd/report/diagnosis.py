@@ -4,7 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megaopd.report.alarms import ALARMS, FIRST, LAST, Metrics, Watch, distance, judged, means
+from megaopd.report.alarms import (
+    ALARMS,
+    FIRST,
+    LAST,
+    Metrics,
+    Watch,
+    distance,
+    judged,
+    means,
+    numbers,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ def diagnosis(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Sentences: each symptom with what became of it until the end, or what went well."""
     if len(rows) < FIRST + LAST:
         return [f"{len(rows)} steps are too few for a diagnosis: it takes {FIRST + LAST}."]
-    plain = [{k: float(v) for k, v in r.items() if isinstance(v, int | float)} for r in rows]
+    plain = [numbers(row) for row in rows]
     first, last = means(plain[:FIRST]), means(plain[-LAST:])
     at_end = judged(plain[:FIRST], plain[-LAST:])
     told = _told(first, last)

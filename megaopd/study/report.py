@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from megaopd.study import many_faces
+from megaopd.study.stages import slug
 
 QUESTIONS = {
     1: "The loss, over k",
@@ -171,7 +172,7 @@ def _plot_mass(root: Path) -> None:
     for axis, k in zip(axes[0], many_faces.KS, strict=True):
         labelled = set[str]()
         for color, variant in enumerate(many_faces.TRUNCATED):
-            stem = "".join(c if c.isalnum() else "_" for c in f"{variant}, k={k}")
+            stem = slug(f"{variant}, k={k}")
             for path in sorted((root / "figures").glob(f"{stem}-*.curve.json"))[:3]:
                 mass = json.loads(path.read_text())["mass_student"]
                 label = None if variant in labelled else variant

@@ -13,11 +13,11 @@ from typing import Any
 
 from megaopd.errors import UserError
 from megaopd.parallel import leave_distributed
-from megaopd.recipes import FOLDER, merged, places
+from megaopd.recipes import merged, places, shared
 from megaopd.report.metrics import read_metrics
 from megaopd.report.progress import progress
 from megaopd.study import many_faces, report
-from megaopd.study.stages import Stages
+from megaopd.study.stages import Stages, slug
 
 PREFIXES = (0, 1, 2)  # tokens of the student's
 SECONDS = 16.0  # of a case on one core, with its evaluation: for the estimate only
@@ -64,7 +64,7 @@ def _stages_of(jobs: Sequence[Job], seed: int) -> set[str]:
     found: set[str] = set()
     for _, other, name in jobs:
         if other == seed:
-            values = merged(_shared(), cases[name].values) if name in cases else {}
+            values = merged(shared("tiny"), cases[name].values) if name in cases else {}
             found |= set(places(values)) if name in cases else set(EXTRAS[name][1])
     return found
 
@@ -133,20 +133,13 @@ def _told(root: Path, seed: int, name: str, error: Exception) -> str:
 
 
 def _figures_file(root: Path, seed: int, name: str) -> Path:
-    folder = "".join(c if c.isalnum() else "_" for c in name)
-    return root / "figures" / f"{folder}-{seed}.json"
-
-
-def _shared() -> dict[str, Any]:
-    import tomllib
-
-    return tomllib.loads((FOLDER / "tiny.toml").read_text())
+    return root / "figures" / f"{slug(name)}-{seed}.json"
 
 
 def _run_case(stages: Stages, root: Path, seed: int, case: many_faces.Case) -> None:
     out = _figures_file(root, seed, case.name)
-    values = merged(_shared(), case.values)
-    summary = stages.run("".join(c if c.isalnum() else "_" for c in case.name), values)
+    values = merged(shared("tiny"), case.values)
+    summary = stages.run(slug(case.name), values)
     run_dir = Path(summary["dir"])
     lines = read_metrics(run_dir)
     found = {"before": summary["accuracy_before"], "accuracy": summary["accuracy_after"]}
@@ -204,7 +197,7 @@ def _prefixes(stages: Stages) -> Any:
     from megaopd.study.prefixes import continuations
 
     responses = Path(stages.make("student_responses"))
-    values = merged(_shared(), {"student": {"path": stages.make("teacher")}})
+    values = merged(shared("tiny"), {"student": {"path": stages.make("teacher")}})
     values.pop("teacher")
     return continuations(values, responses, PREFIXES)
 

@@ -17,6 +17,11 @@ from megaopd.recipes import filled, places, stage_values
 from megaopd.schema import Config, make_config, sampling_values
 
 
+def slug(name: str) -> str:
+    """The name of a case as one of files and folders."""
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
 @dataclass
 class Stages:
     """Makes stages under a folder. Single-rank: of models that fit on one.

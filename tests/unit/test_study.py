@@ -2,19 +2,18 @@
 
 import json
 import math
-import tomllib
 
 import pytest
 
 from megaopd.data.tasks import get_task
 from megaopd.data.tasks.keyed import TOLD
 from megaopd.quickstart import make_checkpoint
-from megaopd.recipes import FOLDER, filled, merged, places, stage_values
+from megaopd.recipes import filled, merged, places, shared, stage_values
 from megaopd.schema import make_config
 from megaopd.study import many_faces, report, runner
 from megaopd.study.laws import ESTIMATORS, Laws, estimator_noise, mean_laws
 
-SHARED = tomllib.loads((FOLDER / "tiny.toml").read_text())
+SHARED = shared("tiny")
 
 
 def test_every_case_is_a_run():
