@@ -130,9 +130,9 @@ class Chaos:
         parts, outcome = self.parts, self.outcome
         update, sync = parts.update, parts.sync_weights
 
-        def watched_update(samples: Any) -> dict[str, float]:
+        def watched_update(samples: Any, step: int = 0) -> dict[str, float]:
             outcome.trained[self.at] = list(samples)
-            return update(samples)
+            return update(samples, step)
 
         def watched_sync(version: int) -> None:
             held = {name: tensor.clone() for name, tensor in parts.student.weights()}

@@ -159,7 +159,8 @@ def both(
 def compare(name: str, remote: list[dict[str, float]], local: list[dict[str, float]]) -> None:
     for mine, theirs in zip(remote, local, strict=True):
         # What a list does not say is left out, and nothing else.
-        assert set(theirs) - set(mine) <= {"teacher_entropy", "overlap", "teacher_rank"}
+        unknown = {"teacher_entropy", "entropy_gap", "overlap", "teacher_rank"}
+        assert set(theirs) - set(mine) <= unknown
         for metric in set(theirs) & set(mine):
             scale = max(abs(theirs[metric]), 1e-2)
             error = abs(mine[metric] - theirs[metric]) / scale
