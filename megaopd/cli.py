@@ -132,7 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--dir", type=Path, default=Path("runs/study"))
     study.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     study.add_argument("--workers", type=int, default=2, help="processes, a seed each at a time")
-    study.add_argument("--only", type=int, nargs="+", default=[], help="questions: 1 2 4 5 6")
+    study.add_argument("--only", type=int, nargs="+", default=[], help="questions, 1 to 9")
+    study.add_argument("--full-grid", action="store_true", help="all factors crossed")
+    study.add_argument("--real-model", type=Path, help="a small instruct model, e.g. SmolLM2-135M")
     study.set_defaults(command=_study)
 
     report = commands.add_parser("report", help="write report.html of a run")
@@ -280,7 +282,10 @@ def _recipe(arguments: argparse.Namespace) -> int:
 def _study(arguments: argparse.Namespace) -> int:
     from megaopd.study.runner import command
 
-    return command(arguments.dir, arguments.seeds, arguments.workers, arguments.only)
+    return command(
+        arguments.dir, arguments.seeds, arguments.workers, arguments.only,
+        full_grid=arguments.full_grid, real_model=arguments.real_model,
+    )  # fmt: skip
 
 
 def _report(arguments: argparse.Namespace) -> int:

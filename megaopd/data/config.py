@@ -26,9 +26,12 @@ class DataConfig:
         "", "solution", "answer", "masked", "instruction", "system", "think", "skill"
     ] = ""
     solution_key: str = "solution"  # of a prompt's other keys: solution, masked and think read it
-    # instruction, system: the text. solution, answer, masked, skill: where {prompt} and {pi} stand.
+    # instruction, system: the text ({prompt} in an instruction: where the question stands in it).
+    # solution, answer, masked, skill: where {prompt} and {pi} stand. think: the thoughts with {pi}.
     teacher_text: str = ""
     mask_share: float = 0.5  # of the solution's words, with teacher_sees = masked
+    mask_text: str = "___"  # what stands for a masked one
+    mask_unit: Literal["word", "character"] = "word"  # character: where no spaces part words
     # What makes a skill of a verified response: worked (question and response), response, or the
     # name that a plugin gave.
     summarizer: str = "worked"
@@ -57,7 +60,8 @@ class DataConfig:
 
     def _check_privileged(self) -> None:
         kind, text = self.teacher_sees, self.teacher_text
-        if kind in ("system", "think") and self.template == "raw":
+        no_place = kind == "system" or (kind == "think" and not text)
+        if no_place and self.template == "raw":
             raise UserError(
                 f"data.teacher_sees = {kind} with data.template = raw",
                 expected="a chat template, which has a place for it",
@@ -73,11 +77,11 @@ class DataConfig:
             raise UserError(
                 f"data.teacher_text = {text!r}", expected="a text with {prompt} and {pi} in it"
             )
-        if text and kind in ("", "think"):
+        if kind == "think" and text and "{pi}" not in text:
+            raise UserError(f"data.teacher_text = {text!r}", expected="thoughts with {pi} in them")
+        if text and not kind:
             raise UserError(
-                f"data.teacher_text is set with data.teacher_sees = {kind!r}",
-                expected="one of solution, answer, masked, skill, instruction, system, which read "
-                "it",
+                "data.teacher_text is set without data.teacher_sees", expected="what it is for"
             )
         if self.skill_bank < 1 or self.skill_chars < 1:
             raise UserError(

@@ -2,7 +2,7 @@
 
     solution     the whole solution (data.solution_key of the prompt's other keys)
     answer       the final answer alone
-    masked       the solution with a share of its words replaced by "___"
+    masked       the solution with a share of its words (or characters) replaced by "___"
     instruction  data.teacher_text, the same for every prompt, behind the question
     system       data.teacher_text as the system message in place of data.system
     skill        what a summariser made of the student's own earlier successes (data/skills.py)
@@ -21,7 +21,6 @@ from megaopd.errors import UserError
 
 Messages = list[dict[str, str]]
 
-MASK = "___"
 AROUND = {"raw": "{pi}\n{prompt}", "chat": "{prompt}\n\nA reference solution:\n{pi}"}
 # Where a skill comes to stand, once there is one; in no text of a prompt.
 SKILL = "\N{OBJECT REPLACEMENT CHARACTER}"
@@ -47,17 +46,21 @@ def teacher_version(
         messages = [{"role": "user", "content": rest}] if isinstance(rest, str) else rest
         return [{"role": "system", "content": config.teacher_text}, *messages], ""
     if kind == "instruction":
-        raw = config.template == "raw"
-        shape = (
-            f"{config.teacher_text}\n{{prompt}}" if raw else f"{{prompt}}\n\n{config.teacher_text}"
-        )
-        return _around(prompt, shape, ""), ""
+        return _around(prompt, _instruction(config), ""), ""
     if kind == "skill":
         return _around(prompt, config.teacher_text or AROUND_SKILL[config.template], SKILL), ""
     told = _information(answer, meta, config, name)
     if kind == "think":
-        return prompt, THOUGHTS.replace("{pi}", told)
+        return prompt, (config.teacher_text or THOUGHTS).replace("{pi}", told)
     return _around(prompt, config.teacher_text or AROUND[config.template], told), ""
+
+
+def _instruction(config: DataConfig) -> str:
+    """The instruction with {prompt} in it: in front of plain text, behind a chat's question."""
+    text = config.teacher_text
+    if "{prompt}" in text:
+        return text
+    return f"{text}\n{{prompt}}" if config.template == "raw" else f"{{prompt}}\n\n{text}"
 
 
 def _information(answer: str | None, meta: Mapping[str, Any], config: DataConfig, name: str) -> str:
@@ -72,9 +75,14 @@ def _information(answer: str | None, meta: Mapping[str, Any], config: DataConfig
         )
     if kind != "masked":
         return found
-    rng = random.Random(f"mask/{config.seed}/{name}")
-    words = [MASK if rng.random() < config.mask_share else word for word in found.split(" ")]
-    return " ".join(words)
+    return masked(found, random.Random(f"mask/{config.seed}/{name}"), config)
+
+
+def masked(text: str, rng: random.Random, config: DataConfig) -> str:
+    """`text` with data.mask_share of its words or characters replaced."""
+    gap = " " if config.mask_unit == "word" else ""
+    parts = text.split(gap) if gap else text
+    return gap.join(config.mask_text if rng.random() < config.mask_share else x for x in parts)
 
 
 def _around(prompt: str | Messages, shape: str, told: str) -> str | Messages:

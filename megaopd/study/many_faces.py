@@ -1,131 +1,26 @@
 """The questions of "The Many Faces of On-Policy Distillation" (arXiv 2605.11182) at laptop scale.
 
-One factor at a time around a centre: reverse KL on the student's top k, gradient stopped, from a
-larger teacher. What is run is in CASES; what counts as the paper's finding is in FINDINGS, written
-before any run. Everything is done by ordinary runs (study/stages.py).
+What is run is in cases.py; what counts as the paper's finding is in FINDINGS, written before any
+run.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
-from megaopd.recipes import merged
-
-KS = (1, 2, 5)  # of 18 tokens
-TRUNCATED = ("unnorm", "sg", "renorm", "tail", "intersect")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One run of each seed: its name, which question it belongs to, and its values."""
-
-    name: str
-    question: int
-    values: Mapping[str, Any] = field(default_factory=dict)
-
-
-def _truncated(variant: str, k: int) -> dict[str, Any]:
-    chosen = {"loss": "rkl", "support": "student_topk", "k": k, "variant": variant}
-    if variant == "intersect":
-        chosen["support"] = "intersection"
-    return {"objective": {**chosen, "i_know_biased": variant == "unnorm"}}
-
-
-def _loss(**values: Any) -> dict[str, Any]:
-    return {"objective": {"stats_k": 2, **values}}
-
-
-CENTRE = _truncated("sg", 2)
-TOLD = "{pi}?{prompt}"
-SEES = {"data": {"teacher_sees": "answer", "teacher_text": TOLD}}
-SELF = {"teacher": {"path": "", "kind": "periodic", "sync_every": 40}}
-
-# Question 4: the teacher is the student as it began, and sees a key (data/tasks/keyed.py).
-KEYS = 3
-
-
-def _keyed(source: str, loss: str) -> dict[str, Any]:
-    return {
-        "student": {"path": "{keyed_student}"},
-        "teacher": {"path": "{keyed_student}"},
-        "data": {"source": f"task:{source}", "teacher_sees": "solution", "teacher_text": TOLD},
-        "rollout": {"max_new_tokens": 2},
-        "objective": {"loss": loss},
-    }
-
-
-def _reader(sight: str) -> dict[str, Any]:
-    values = merged(_loss(loss="jsd"), {"student": {"path": "{told_student}"}})
-    seen = {"data": {"teacher_sees": sight, "teacher_text": TOLD}}
-    return values if sight == "nothing" else merged(values, seen)
-
-
-# The block of question 3: where the student comes from x the teacher x what the teacher sees.
-STUDENTS = {"raw": "{raw_student}", "SFT": "{student}"}
-TEACHERS = {
-    "larger": "{told_teacher}",
-    "RL": "{grpo_teacher}",
-    "RL told": "{told_grpo_teacher}",
-}
-SIGHTS = ("nothing", "answer", "solution")
-BLOCK_LOSSES: dict[str, dict[str, Any]] = {"sg": CENTRE, "full": _loss(loss="rkl")}
-
-
-def block_name(student: str, teacher: str, sight: str, loss: str) -> str:
-    return f"{student} student, {teacher} teacher, sees {sight}, {loss}"
-
-
-def _block() -> Iterator["Case"]:
-    for student, start in STUDENTS.items():
-        for teacher, path in TEACHERS.items():
-            for sight in SIGHTS:
-                for loss, objective in BLOCK_LOSSES.items():
-                    values = merged(
-                        objective, {"student": {"path": start}, "teacher": {"path": path}}
-                    )
-                    if sight != "nothing":
-                        seen = {"teacher_sees": sight, "teacher_text": TOLD}
-                        values = merged(values, {"data": seen})
-                    yield Case(block_name(student, teacher, sight, loss), 3, values)
-
-
-CASES: tuple[Case, ...] = (
-    # 1: the loss, over k; the sampled estimators are question 6 too
-    Case("full", 1, _loss(loss="rkl")),
-    *(Case(f"{v}, k={k}", 1, _truncated(v, k)) for v in TRUNCATED for k in KS),
-    Case("sampled, k2", 6, _loss(loss="k2")),
-    Case("sampled, pg", 6, _loss(loss="pg")),
-    Case("vopd", 6, {"objective": {"loss": "vopd", "baseline": "topk", "baseline_k": 5}}),
-    # 1: the teacher
-    Case("same-size RL teacher", 2, merged(CENTRE, {"teacher": {"path": "{grpo_teacher}"}})),
-    Case(
-        "same-size RL teacher that sees the answer",
-        2,
-        merged(merged(CENTRE, SEES), {"teacher": {"path": "{grpo_teacher}"}}),
-    ),
-    Case("larger teacher that sees the answer", 2, merged(CENTRE, SEES)),
-    # 4: the student as its own teacher
-    Case("self, sees the answer", 4, merged(merged(_loss(loss="jsd"), SEES), SELF)),
-    Case("self, sees nothing", 4, merged(_loss(loss="jsd"), SELF)),
-    # One that has learnt to read what it is shown.
-    *(
-        Case(f"self that can read, sees {sight}", 4, merged(_reader(sight), SELF))
-        for sight in ("nothing", "answer", "solution")
-    ),
-    Case("key of its own", 4, _keyed(f"hidden{KEYS}", "rkl")),
-    Case("key of its own, forward KL", 4, _keyed(f"hidden{KEYS}", "fkl")),
-    Case("shared rule", 4, _keyed(f"rule{KEYS}", "rkl")),
-    Case("shared rule, forward KL", 4, _keyed(f"rule{KEYS}", "fkl")),
-    # 5: where the student comes from
-    Case("raw student", 5, merged(CENTRE, {"student": {"path": "{raw_student}"}})),
-    Case("raw student, full", 5, merged(_loss(loss="rkl"), {"student": {"path": "{raw_student}"}})),
-    *_block(),
+from megaopd.study.cases import (
+    BLOCK_LOSSES,
+    CENTRE_NAME,
+    KEYS,
+    SEEN,
+    SIGHTS,
+    STUDENTS,
+    TEACHERS,
+    block_name,
 )
-CENTRE_NAME = "sg, k=2"
 
 # Of a case and seed: accuracy, before, kl (exact, to the case's teacher), entropy, mass (the last
-# on the support), mass_first.
+# on the support), mass_first, length_first and length (tokens of a response).
 Figures = Mapping[str, float]
 Table = Mapping[str, Mapping[int, Figures]]
 
@@ -186,6 +81,18 @@ def _mean_of(f: Mapping[str, Figures], start: str) -> float:
 
 def _gain(figures: Figures) -> float:
     return figures["accuracy"] - figures["before"]
+
+
+def _of_its_own(seen: str) -> str:
+    return f"each question's {seen}" if seen != "half of the solution" else f"{seen} of each"
+
+
+def _gains_nothing(name: str) -> Callable[[Mapping[str, Figures]], bool]:
+    return lambda f: _gain(f[name]) <= 0.02
+
+
+def _no_harm(name: str) -> Callable[[Mapping[str, Figures]], bool]:
+    return lambda f: f[name]["accuracy"] >= f["GRPO"]["accuracy"] - 0.02
 
 
 FINDINGS: tuple[Finding, ...] = (
@@ -310,6 +217,47 @@ FINDINGS: tuple[Finding, ...] = (
         ("vopd", "sampled, pg"),
         lambda f: f["vopd"]["accuracy"] > f["sampled, pg"]["accuracy"],
     ),
+    *(
+        Finding(
+            "Self-distillation gains nothing (at most 0.02) from the student as it began, "
+            f"which sees {_of_its_own(seen)}",
+            (f"own teacher, sees {seen}",),
+            _gains_nothing(f"own teacher, sees {seen}"),
+            ("before", "accuracy", "kl"),
+        )
+        for seen in SEEN
+        if seen != "nothing"
+    ),
+    Finding(
+        "A self-teacher that follows the student ends below the one that stays as it began "
+        "(sees the answer)",
+        ("own teacher that follows, sees answer", "own teacher, sees answer"),
+        lambda f: (
+            f["own teacher that follows, sees answer"]["accuracy"]
+            < f["own teacher, sees answer"]["accuracy"]
+        ),
+    ),
+    Finding(
+        "A conciseness instruction is learnt: responses become a fourth shorter and accuracy loses "
+        "at most 0.05",
+        ("own teacher, asked to be brief",),
+        lambda f: (
+            f["own teacher, asked to be brief"]["length"]
+            <= 0.75 * f["own teacher, asked to be brief"]["length_first"]
+            and _gain(f["own teacher, asked to be brief"]) >= -0.05
+        ),
+        ("length_first", "length", "before", "accuracy"),
+    ),
+    *(
+        Finding(
+            f"As a reweighting of GRPO, a teacher that sees {_of_its_own(seen)} does no harm "
+            "(at most 0.02 below GRPO alone)",
+            (f"GRPO reweighed, sees {seen}", "GRPO"),
+            _no_harm(f"GRPO reweighed, sees {seen}"),
+        )
+        for seen in SEEN
+        if seen != "nothing"
+    ),
 )
 
 PREFIX_FINDING = (
@@ -333,6 +281,17 @@ def noise_verdict(by_seed: Mapping[int, Mapping[str, Figures]]) -> str:
             for found in by_seed.values()
         ]
     )
+
+
+SYSTEM_FINDING = (
+    "A system prompt that all prompts share is learnt by a real model: its KL to itself with that "
+    "prompt falls by half, on questions of other topics"
+)
+
+
+def system_verdict(by_seed: Mapping[int, Mapping[str, Figures]]) -> str:
+    """Question 9: by_seed holds study/system_prompt.py internalise."""
+    return _verdict([s["after"]["kl"] <= 0.5 * s["before"]["kl"] for s in by_seed.values()])
 
 
 def prefix_verdict(by_seed: Mapping[int, Sequence[float]]) -> str:

@@ -7,8 +7,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from megaopd.study import many_faces
+from megaopd.study import cases, many_faces
 from megaopd.study.stages import slug
+from megaopd.study.system_prompt import SYSTEM
 
 QUESTIONS = {
     1: "The loss, over k",
@@ -17,6 +18,9 @@ QUESTIONS = {
     4: "The student as its own teacher",
     5: "Where the student comes from",
     6: "Sampled-token estimators",
+    7: "The student as it began is its teacher: what it sees, alone and as a reweighting of GRPO",
+    8: "The full grid",
+    9: "A real model learns a system prompt",
 }
 # Student's t at 0.975 for 1, 2, ... degrees of freedom.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -33,7 +37,7 @@ def write(root: Path, seeds: Sequence[int], *, seconds: float | None = None) -> 
     seconds: what the runs took; None where not all of them are of this call: it is not told then.
     """
     table = load(root)
-    prefixes, noise = _extras(root, "prefixes"), _extras(root, "noise")
+    prefixes, noise, system = (_extras(root, name) for name in ("prefixes", "noise", "system"))
     lines = ["# The Many Faces of On-Policy Distillation, at laptop scale", ""]
     lines += [
         "    megaopd study many_faces --seeds " + " ".join(map(str, seeds)),
@@ -59,27 +63,31 @@ def write(root: Path, seeds: Sequence[int], *, seconds: float | None = None) -> 
     lines.append(f"| {many_faces.PREFIX_FINDING} | {verdict} | {evidence} |")
     verdict, evidence = many_faces.noise_verdict(noise), _noise_evidence(noise)
     lines.append(f"| {many_faces.NOISE_FINDING} | {verdict} | {evidence} |")
+    verdict, evidence = many_faces.system_verdict(system), _system_evidence(system)
+    lines.append(f"| {many_faces.SYSTEM_FINDING} | {verdict} | {evidence} |")
     lines += ["", "## Cases", ""]
     lines += [
         "Exact KL: to the teacher, over the whole vocabulary. Mass: of the student on its list."
     ]
     lines += [""]
     for question, title in QUESTIONS.items():
+        rows = [c for c in (*cases.CASES, *cases.GRID) if c.question == question]
+        rows = [case for case in rows if case.name in table]
+        if not rows:
+            continue
         lines += [f"### {title}", "", "| case | accuracy | gain | exact KL | entropy | mass |"]
         lines += ["|---|---|---|---|---|---|"]
-        lines += [
-            _row(case.name, list(table[case.name].values()))
-            for case in many_faces.CASES
-            if case.question == question and case.name in table
-        ]
+        lines += [_row(case.name, list(table[case.name].values())) for case in rows]
         lines.append("")
-    lines += _noise_table(noise)
+    lines += [*_noise_table(noise), *_system_table(system)]
     lines += ["![mass on the support over the steps](mass.png)", ""]
     lines += ["![accuracy of every case, by seed](accuracy.png)", ""]
     _plot_mass(root)
     _plot_accuracy(root, table)
     (root / "study.json").write_text(
-        json.dumps({"cases": table, "prefixes": prefixes, "noise": noise}, indent=1)
+        json.dumps(
+            {"cases": table, "prefixes": prefixes, "noise": noise, "system": system}, indent=1
+        )
     )
     path = root / "study.md"
     path.write_text("\n".join(lines))
@@ -128,11 +136,39 @@ def _noise_table(noise: Mapping[int, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def _system_evidence(system: Mapping[int, Any]) -> str:
+    if not system:
+        return "no run: --real-model gives it one"
+    before, after = (fmean(s[when]["kl"] for s in system.values()) for when in ("before", "after"))
+    return f"KL {before:.3f} -> {after:.3f}"
+
+
+def _system_table(system: Mapping[int, Any]) -> list[str]:
+    if not system:
+        return []
+    names = list(next(iter(system.values()))["before"])
+    lines = [
+        f"### {QUESTIONS[9]}",
+        "",
+        f'The student is asked 30 questions of topics that it was not trained on; "{SYSTEM}" is '
+        "what its teacher reads besides. Figures by seed; kl in nats a token.",
+        "",
+        f"| seed | | {' | '.join(names)} |",
+        "|---|---|" + "---|" * len(names),
+    ]
+    for seed, found in system.items():
+        for when in ("before", "after"):
+            cells = " | ".join(f"{found[when][name]:.3f}" for name in names)
+            lines.append(f"| {seed} | {when} | {cells} |")
+    return [*lines, ""]
+
+
 def load(root: Path) -> dict[str, dict[int, dict[str, float]]]:
     """Figures by case and seed, of what has been run."""
     table: dict[str, dict[int, dict[str, float]]] = {}
     for path in sorted((root / "figures").glob("*.json")):
-        if path.name.endswith(".curve.json") or path.name.startswith(("prefixes-", "noise-")):
+        extras = ("prefixes-", "noise-", "system-")
+        if path.name.endswith(".curve.json") or path.name.startswith(extras):
             continue
         record = json.loads(path.read_text())
         table.setdefault(record.pop("case"), {})[record.pop("seed")] = record
@@ -168,10 +204,10 @@ def _axes(count: int, width: float, height: float) -> tuple[Any, Any]:
 
 def _plot_mass(root: Path) -> None:
     """The student's mass on its top k, step by step, first seed that is there."""
-    figure, axes = _axes(len(many_faces.KS), 10, 3)
-    for axis, k in zip(axes[0], many_faces.KS, strict=True):
+    figure, axes = _axes(len(cases.KS), 10, 3)
+    for axis, k in zip(axes[0], cases.KS, strict=True):
         labelled = set[str]()
-        for color, variant in enumerate(many_faces.TRUNCATED):
+        for color, variant in enumerate(cases.TRUNCATED):
             stem = slug(f"{variant}, k={k}")
             for path in sorted((root / "figures").glob(f"{stem}-*.curve.json"))[:3]:
                 mass = json.loads(path.read_text())["mass_student"]
@@ -188,7 +224,7 @@ def _plot_mass(root: Path) -> None:
 
 
 def _plot_accuracy(root: Path, table: dict[str, dict[int, dict[str, float]]]) -> None:
-    names = [c.name for c in many_faces.CASES if c.name in table][::-1]
+    names = [c.name for c in (*cases.CASES, *cases.GRID) if c.name in table][::-1]
     figure, axes = _axes(1, 7, 0.24 * max(len(names), 4) + 0.8)
     for place, name in enumerate(names):
         values = [r["accuracy"] for r in table[name].values()]

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +17,60 @@ from megaopd.parallel import leave_distributed
 from megaopd.recipes import merged, places, shared
 from megaopd.report.metrics import read_metrics
 from megaopd.report.progress import progress
-from megaopd.study import many_faces, report
+from megaopd.study import report
+from megaopd.study.cases import CASES, GRID, KEYS, Case
 from megaopd.study.stages import Stages, slug
 
 PREFIXES = (0, 1, 2)  # tokens of the student's
+GRID_QUESTION, REAL = 8, 9  # asked for by --full-grid and --real-model
 SECONDS = 16.0  # of a case on one core, with its evaluation: for the estimate only
 
 
-def command(root: Path, seeds: Sequence[int], workers: int, only: Sequence[int]) -> int:
+@dataclass(frozen=True)
+class Job:
+    """A case, one of EXTRAS, or the stages of a seed. real_model: of question 9."""
+
+    root: Path
+    seed: int
+    name: str = ""
+    stages: tuple[str, ...] = ()
+    real_model: Path | None = None
+
+    def place(self) -> Stages:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        return Stages(self.root / f"seed_{self.seed}", self.seed, say=lambda text: None)
+
+    def figures(self) -> Path:
+        return self.root / "figures" / f"{slug(self.name)}-{self.seed}.json"
+
+
+def command(
+    root: Path,
+    seeds: Sequence[int],
+    workers: int,
+    only: Sequence[int],
+    *,
+    full_grid: bool = False,
+    real_model: Path | None = None,
+) -> int:
     """`megaopd study many_faces`: run what is missing, and write study.md and study.html."""
+    questions = _questions(only, full_grid, real_model)
     if workers < 1 or not seeds:
         raise UserError(f"--workers {workers}, --seeds {list(seeds)}", expected="at least one")
-    questions = list(only) or list(report.QUESTIONS)
-    cases = [case for case in many_faces.CASES if case.question in questions]
-    jobs = [(root, seed, what) for seed in seeds for what in _missing(root, seed, questions)]
+    jobs = [
+        Job(root, seed, name, real_model=real_model)
+        for seed in seeds
+        for name in missing(root, seed, questions)
+    ]
     minutes = len(jobs) * SECONDS / 60 / workers
-    print(f"{len(cases)} cases x {len(seeds)} seeds, {len(jobs)} to run: about {minutes:.0f} min")
+    print(f"{len(seeds)} seeds, {len(jobs)} runs to do: about {minutes:.0f} min")
     begun, new = time.monotonic(), not (root / "figures").exists()
-    wanted = [(root, seed, sorted(_stages_of(jobs, seed))) for seed in seeds]
+    shared_stages = [Job(root, seed, stages=stages_of(jobs, seed)) for seed in seeds]
     # Fresh interpreters, each of which imports once. First what cases share, so that no two make
     # the same stage.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        failed = _all(pool, _make_stages, wanted, "stages, by seed")
+        failed = _all(pool, _make_stages, shared_stages, "stages, by seed")
         failed += _all(pool, _run_job, jobs, "cases")
     seconds = time.monotonic() - begun
     path = report.write(root, seeds, seconds=seconds if new and not failed else None)
@@ -48,25 +80,40 @@ def command(root: Path, seeds: Sequence[int], workers: int, only: Sequence[int])
     return 1 if failed else 0
 
 
-Job = tuple[Path, int, str]  # the root, a seed, and a case or one of EXTRAS
+def _questions(only: Sequence[int], full_grid: bool, real_model: Path | None) -> list[int]:
+    """Those to run: all but the grid and the real model's, which are asked for."""
+    unknown = sorted(set(only) - set(report.QUESTIONS))
+    if unknown:
+        raise UserError(f"--only {unknown}", expected=f"some of {list(report.QUESTIONS)}")
+    if REAL in only and real_model is None:
+        raise UserError(f"--only {REAL}", expected="--real-model, the folder of a checkpoint")
+    if real_model is not None and not (real_model / "config.json").is_file():
+        raise UserError(
+            f"--real-model {real_model}: no config.json there", expected="a Hugging Face checkpoint"
+        )
+    chosen = set(only) or set(report.QUESTIONS) - {GRID_QUESTION, REAL}
+    chosen |= {GRID_QUESTION} if full_grid else set()
+    chosen |= {REAL} if real_model is not None and not only else set()
+    return sorted(chosen)
 
 
-def _missing(root: Path, seed: int, questions: Sequence[int]) -> list[str]:
+def missing(root: Path, seed: int, questions: Sequence[int]) -> list[str]:
     """Cases and extras that have no figures yet."""
-    names = [case.name for case in many_faces.CASES if case.question in questions]
+    names = [case.name for case in (*CASES, *GRID) if case.question in questions]
     names += [name for name, (question, _, _) in EXTRAS.items() if question in questions]
-    return [name for name in names if not _figures_file(root, seed, name).is_file()]
+    return [name for name in names if not Job(root, seed, name).figures().is_file()]
 
 
-def _stages_of(jobs: Sequence[Job], seed: int) -> set[str]:
-    """What the jobs of a seed start from."""
-    cases = {case.name: case for case in many_faces.CASES}
+def stages_of(jobs: Sequence[Job], seed: int) -> tuple[str, ...]:
+    """What the jobs of a seed start from, in order of names."""
+    cases = {case.name: case for case in (*CASES, *GRID)}
     found: set[str] = set()
-    for _, other, name in jobs:
-        if other == seed:
-            values = merged(shared("tiny"), cases[name].values) if name in cases else {}
-            found |= set(places(values)) if name in cases else set(EXTRAS[name][1])
-    return found
+    for job in jobs:
+        if job.seed == seed:
+            own = cases[job.name].values if job.name in cases else {}
+            found |= set(places(merged(shared("tiny"), own))) if own else set()
+            found |= set() if job.name in cases else set(EXTRAS[job.name][1])
+    return tuple(sorted(found))
 
 
 def _all(pool: ProcessPoolExecutor, work: Any, jobs: Sequence[Any], what: str) -> list[str]:
@@ -80,76 +127,65 @@ def _all(pool: ProcessPoolExecutor, work: Any, jobs: Sequence[Any], what: str) -
 
 
 @contextmanager
-def _output_in(root: Path, seed: int, name: str) -> Iterator[None]:
+def _output_in(job: Job) -> Iterator[None]:
     """What a worker prints goes to a file: the console has the bar."""
-    path = (root / "logs" / _figures_file(root, seed, name).name).with_suffix(".log")
+    path = (job.root / "logs" / job.figures().name).with_suffix(".log")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file, redirect_stdout(file), redirect_stderr(file):
         yield
 
 
-def _stages(root: Path, seed: int) -> Stages:
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    return Stages(root / f"seed_{seed}", seed, say=lambda text: None)
-
-
-def _make_stages(job: tuple[Path, int, list[str]]) -> list[str]:
-    root, seed, names = job
-    stages, failed = _stages(root, seed), []
-    for name in names:
+def _make_stages(job: Job) -> list[str]:
+    stages, failed = job.place(), []
+    for name in job.stages:
+        one = replace(job, name=name)
         try:
-            with _output_in(root, seed, name):
+            with _output_in(one):
                 stages.make(name)
         except Exception as error:  # the cases that need it will fail, and others will not
-            failed.append(_told(root, seed, name, error))
+            failed.append(_told(one, error))
     return failed
 
 
 def _run_job(job: Job) -> list[str]:
     """One case, or one of EXTRAS, in this process; what failed."""
-    root, seed, name = job
-    stages = _stages(root, seed)
+    stages, out = job.place(), job.figures()
+    out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _output_in(root, seed, name):
-            if name in EXTRAS:
-                out = _figures_file(root, seed, name)
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(EXTRAS[name][2](stages)))
+        with _output_in(job):
+            if job.name in EXTRAS:
+                out.write_text(json.dumps(EXTRAS[job.name][2](stages, job)))
             else:
-                case = next(case for case in many_faces.CASES if case.name == name)
-                _run_case(stages, root, seed, case)
+                case = next(case for case in (*CASES, *GRID) if case.name == job.name)
+                _run_case(stages, job, case)
     except Exception as error:  # one case's fault is a line of the report
-        return [_told(root, seed, name, error)]
+        return [_told(job, error)]
     finally:
         leave_distributed()  # of its evaluations
     return []
 
 
-def _told(root: Path, seed: int, name: str, error: Exception) -> str:
+def _told(job: Job, error: Exception) -> str:
     """One line; the traceback goes to the log."""
-    with _output_in(root, seed, name):
+    with _output_in(job):
         traceback.print_exception(error)
-    return f"seed {seed}, {name}: {type(error).__name__}: {error}"
+    return f"seed {job.seed}, {job.name}: {type(error).__name__}: {error}"
 
 
-def _figures_file(root: Path, seed: int, name: str) -> Path:
-    return root / "figures" / f"{slug(name)}-{seed}.json"
-
-
-def _run_case(stages: Stages, root: Path, seed: int, case: many_faces.Case) -> None:
-    out = _figures_file(root, seed, case.name)
+def _run_case(stages: Stages, job: Job, case: Case) -> None:
     values = merged(shared("tiny"), case.values)
     summary = stages.run(slug(case.name), values)
     run_dir = Path(summary["dir"])
     lines = read_metrics(run_dir)
     found = {"before": summary["accuracy_before"], "accuracy": summary["accuracy_after"]}
     found |= _exact(stages, values, run_dir)
-    if "mass_student" in lines[0]:
-        found |= {"mass_first": lines[0]["mass_student"], "mass": lines[-1]["mass_student"]}
+    for name, key in (("mass_student", "mass"), ("response_length", "length")):
+        if name in lines[0]:
+            found |= {f"{key}_first": lines[0][name], key: lines[-1][name]}
     if values["student"]["path"] == "{keyed_student}":
         found |= _means(stages, run_dir)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"case": case.name, "seed": seed, **found}))
+    out = job.figures()
+    out.write_text(json.dumps({"case": case.name, "seed": job.seed, **found}))
     curve = {k: [line.get(k) for line in lines] for k in ("mass_student", "entropy", "reward")}
     out.with_suffix(".curve.json").write_text(json.dumps(curve))
 
@@ -179,10 +215,10 @@ def _means(stages: Stages, run_dir: Path) -> dict[str, float]:
 
     last = max((run_dir / "checkpoints").glob("step_????????"))
     start = Path(stages.make("keyed_student"))
-    return mean_laws(last, start, start, keys=many_faces.KEYS)
+    return mean_laws(last, start, start, keys=KEYS)
 
 
-def _noise(stages: Stages) -> Any:
+def _noise(stages: Stages, job: Job) -> Any:
     """Question 6: noise and bias of the estimators on the student's own responses."""
     from megaopd.data.responses import read_records
     from megaopd.study.laws import estimator_noise
@@ -192,7 +228,7 @@ def _noise(stages: Stages) -> Any:
     return estimator_noise(student, teacher, records)
 
 
-def _prefixes(stages: Stages) -> Any:
+def _prefixes(stages: Stages, job: Job) -> Any:
     """Question 2: the teacher's accuracy behind the student's first tokens."""
     from megaopd.study.prefixes import continuations
 
@@ -202,8 +238,17 @@ def _prefixes(stages: Stages) -> Any:
     return continuations(values, responses, PREFIXES)
 
 
+def _system_prompt(stages: Stages, job: Job) -> Any:
+    """Question 9: what all prompts share, learnt by a real model."""
+    from megaopd.study.system_prompt import internalise
+
+    assert job.real_model is not None
+    return internalise(stages, job.real_model)
+
+
 # Name -> the question, the stages that it needs, and what makes its figures.
-EXTRAS: dict[str, tuple[int, tuple[str, ...], Callable[[Stages], Any]]] = {
+EXTRAS: dict[str, tuple[int, tuple[str, ...], Callable[[Stages, Job], Any]]] = {
     "prefixes": (2, ("student_responses", "teacher"), _prefixes),
+    "system": (REAL, (), _system_prompt),
     "noise": (6, ("student_responses", "student", "teacher"), _noise),
 }

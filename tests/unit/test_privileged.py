@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 
 from megaopd.data.config import DataConfig
-from megaopd.data.privileged import MASK, teacher_version
+from megaopd.data.privileged import teacher_version
 from megaopd.data.prompts import PromptStream, fixed_set
 from megaopd.data.tokenizer import char_tokenizer
 from megaopd.errors import UserError
 
 META = {"solution": "one two three four five six seven eight"}
+MASK = DataConfig(source="task:addition3").mask_text
 CHAT = [{"role": "system", "content": "old"}, {"role": "user", "content": "why {pi}?"}]
 
 
@@ -28,6 +29,9 @@ def test_every_kind_as_text():
     assert version("solution", solution_key="solution")[0] == f"{META['solution']}\nwhy {{pi}}?"
     assert version("answer", teacher_text="{prompt} ({pi})")[0] == "why {pi}? (42)"
     assert version("instruction", teacher_text="Be brief.")[0] == "Be brief.\nwhy {pi}?"
+    assert version("instruction", teacher_text="!{prompt}")[0] == "!why {pi}?"
+    behind = version("think", teacher_text="[{pi}]")
+    assert behind == ("why {pi}?", f"[{META['solution']}]")
 
 
 def test_every_kind_as_chat():
@@ -51,6 +55,9 @@ def test_masking_is_a_function_of_seed_and_prompt():
     assert version("masked", **shape)[0] == first
     assert version("masked", seed=5, **shape)[0] != first
     assert version("masked", mask_share=1.0, **shape)[0].startswith(" ".join([MASK] * 8))
+    letters = version("masked", mask_text="#", mask_unit="character", **shape)[0].split("|")[0]
+    assert len(letters) == len(META["solution"]) and 0 < letters.count("#") < len(letters)
+    assert all(a in ("#", b) for a, b in zip(letters, META["solution"], strict=True))
 
 
 def test_prompts_of_a_task_and_of_a_file(tmp_path):
@@ -77,7 +84,8 @@ def test_prompts_of_a_task_and_of_a_file(tmp_path):
         ({"teacher_sees": "think"}, "data.template = raw"),
         ({"teacher_sees": "system", "template": "chat"}, "without data.teacher_text"),
         ({"teacher_sees": "answer", "teacher_text": "{pi}"}, "with {prompt} and {pi}"),
-        ({"teacher_text": "x"}, "which read it"),
+        ({"teacher_text": "x"}, "without data.teacher_sees"),
+        ({"teacher_sees": "think", "teacher_text": "x"}, "thoughts with {pi}"),
         ({"teacher_sees": "masked", "mask_share": 1.5}, "from 0 to 1"),
     ],
 )

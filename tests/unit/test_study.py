@@ -7,10 +7,11 @@ import pytest
 
 from megaopd.data.tasks import get_task
 from megaopd.data.tasks.keyed import TOLD
+from megaopd.errors import UserError
 from megaopd.quickstart import make_checkpoint
 from megaopd.recipes import filled, merged, places, shared, stage_values
 from megaopd.schema import make_config
-from megaopd.study import many_faces, report, runner
+from megaopd.study import cases, many_faces, report, runner, system_prompt
 from megaopd.study.laws import ESTIMATORS, Laws, estimator_noise, mean_laws
 
 SHARED = shared("tiny")
@@ -18,11 +19,14 @@ SHARED = shared("tiny")
 
 def test_every_case_is_a_run():
     """Its stages exist, with what they start from, and its values make a configuration."""
-    names = [case.name for case in many_faces.CASES]
-    assert len(set(names)) == len(names) and many_faces.CENTRE_NAME in names
-    block = [case for case in many_faces.CASES if case.question == 3]
+    names = [case.name for case in cases.CASES]
+    assert len(set(names)) == len(names) and cases.CENTRE_NAME in names
+    block = [case for case in cases.CASES if case.question == 3]
     assert len(block) == 2 * 3 * 3 * 2
-    for case in many_faces.CASES:
+    # The grid and the block: every student, teacher, sight and loss once, five losses at three k.
+    crossed = {case.name for case in (*block, *cases.GRID)}
+    assert len(crossed) == len(block) + len(cases.GRID) == 2 * 3 * 3 * (5 * 3 + 2)
+    for case in (*cases.CASES, *cases.GRID):
         values = merged(SHARED, case.values)
         wanted = list(places(values))
         for name in wanted:
@@ -31,11 +35,12 @@ def test_every_case_is_a_run():
         values["run"] = {**values["run"], "dir": "/somewhere/else"}
         config = make_config(values)
         sees = ("sees" in case.name and "nothing" not in case.name) or "key" in case.name
-        assert bool(config.data.teacher_sees) == (sees or "rule" in case.name), case.name
+        shared_text = "rule" in case.name or "brief" in case.name
+        assert bool(config.data.teacher_sees) == (sees or shared_text), case.name
 
 
 def test_findings_are_about_cases_that_are_run():
-    names = {case.name for case in many_faces.CASES}
+    names = {case.name for case in cases.CASES}
     for finding in many_faces.FINDINGS:
         assert set(finding.cases) <= names, finding.says
 
@@ -55,17 +60,48 @@ def test_a_verdict_needs_every_seed():
 
 
 def test_what_is_missing_and_what_it_starts_from(tmp_path):
-    names = [case.name for case in many_faces.CASES if case.question == 4]
-    assert runner._missing(tmp_path, 0, [4]) == names
-    assert runner._missing(tmp_path, 0, [6])[-1] == "noise"
-    done = runner._figures_file(tmp_path, 0, names[0])
+    names = [case.name for case in cases.CASES if case.question == 4]
+    assert runner.missing(tmp_path, 0, [4]) == names
+    assert runner.missing(tmp_path, 0, [6])[-1] == "noise"
+    done = runner.Job(tmp_path, 0, names[0]).figures()
     done.parent.mkdir()
     done.write_text("{}")
-    assert runner._missing(tmp_path, 0, [4]) == names[1:]
-    jobs = [(tmp_path, 0, "shared rule"), (tmp_path, 1, "full"), (tmp_path, 0, "noise")]
-    wanted = {"keyed_student", "student_responses", "student", "teacher"}
-    assert runner._stages_of(jobs, 0) == wanted
-    assert runner._stages_of(jobs, 1) == {"student", "teacher"}
+    assert runner.missing(tmp_path, 0, [4]) == names[1:]
+    chosen = ((0, "shared rule"), (1, "full"), (0, "noise"))
+    jobs = [runner.Job(tmp_path, seed, name) for seed, name in chosen]
+    wanted = ("keyed_student", "student", "student_responses", "teacher")
+    assert runner.stages_of(jobs, 0) == wanted
+    assert runner.stages_of(jobs, 1) == ("student", "teacher")
+
+
+def test_the_grid_and_the_real_model_are_asked_for(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    most = [1, 2, 3, 4, 5, 6, 7]
+    assert runner._questions([], False, None) == most
+    assert runner._questions([4], True, None) == [4, 8]
+    assert runner._questions([], False, tmp_path) == [*most, 9]
+    assert runner.missing(tmp_path, 0, [9]) == ["system"]
+    for only, model, said in (
+        ([9], None, "--real-model"),
+        ([10], None, "--only [10]"),
+        ([9], tmp_path / "nowhere", "no config.json"),
+    ):
+        with pytest.raises(UserError) as caught:
+            runner._questions(only, False, model)
+        assert said in str(caught.value)
+
+
+def test_the_questions_of_a_system_prompt(tmp_path):
+    """Other topics are measured than are trained on; the values are a run's."""
+    train, held_out = system_prompt.questions(tmp_path / "q")
+    asked = [
+        {json.loads(x)["prompt"] for x in path.read_text().splitlines()}
+        for path in (train, held_out)
+    ]
+    assert len(asked[0]) == 90 and len(asked[1]) == 30 and not asked[0] & asked[1]
+    values = system_prompt.values(tmp_path, train, held_out)
+    values["run"]["dir"] = str(tmp_path / "run")
+    assert make_config(values).data.teacher_sees == "system"
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +152,7 @@ def test_the_report_of_what_is_there(tmp_path):
         for name, mass in (("unnorm, k=2", 0.4), ("sg, k=2", 0.95)):
             record = {"case": name, "seed": seed, "before": 0.3, "accuracy": accuracy,
                       "kl": 1 - mass, "entropy": 0.5, "mass_first": 0.9, "mass": mass}  # fmt: skip
-            path = runner._figures_file(tmp_path, seed, name)
+            path = runner.Job(tmp_path, seed, name).figures()
             path.write_text(json.dumps(record))
             curve = {"mass_student": [0.9, mass], "entropy": [1, 1], "reward": [0, 1]}
             path.with_suffix(".curve.json").write_text(json.dumps(curve))
@@ -124,6 +160,8 @@ def test_the_report_of_what_is_there(tmp_path):
         noise = {name: {"noise": 2.0, "bias": 0.0} for name in ESTIMATORS}
         noise["vopd, top 5"]["noise"] = 1.0
         (figures / f"noise-{seed}.json").write_text(json.dumps(noise))
+        system = {"before": {"kl": 0.8}, "after": {"kl": 0.3}}
+        (figures / f"system-{seed}.json").write_text(json.dumps(system))
     text = report.write(tmp_path, [0, 1, 2]).read_text()
     assert "| sg, k=2 | 0.600 +- 0.248 | 0.300 +- 0.248 | 0.050 +- 0.000 |" in text
     assert (
@@ -131,5 +169,6 @@ def test_the_report_of_what_is_there(tmp_path):
     )
     assert "0 tokens: 0.900, 1 tokens: 0.700, 2 tokens: 0.500" in text
     assert "| vopd, top 5 | 1.000 +- 0.000 |" in text and "| reproduced | noise pg: 2.00" in text
+    assert "| reproduced | KL 0.800 -> 0.300 |" in text and "| 2 | after | 0.300 |" in text
     page = (tmp_path / "study.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "<table>" in page

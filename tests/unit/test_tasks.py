@@ -76,6 +76,40 @@ def test_addition_with_help_in_front():
         assert told == ([], [example.answer], [columns(a, b)])[i % 3]
 
 
+def test_addition_with_every_kind_of_help():
+    from megaopd.data.tasks.arithmetic import columns
+
+    task = get_task("coached_addition2")
+    plain = get_task("addition2")
+    for i in range(30):
+        example, asked = task.example(i, 0, "train"), plain.example(i, 0, "train")
+        solution, text = columns(*map(int, asked.prompt.removesuffix("=").split("+"))), asked.prompt
+        told = [text, f"{asked.answer}?{text}", f"{solution}?{text}", "", f"{text}{solution}="]
+        assert example.answer == asked.answer and task.verify(asked.answer, asked.answer, {}) == 1
+        if i % 5 != 3:
+            assert example.prompt == told[i % 5]
+            continue
+        covered, question = example.prompt.split("?")
+        assert question == text and len(covered) == len(solution) and "-" in covered
+        assert all(a in ("-", b) for a, b in zip(covered, solution, strict=True))
+
+
+def test_addition_in_two_steps_or_briefly():
+    worked, brief = get_task("worked_addition2"), get_task("brief_addition2")
+    for i in range(20):
+        long, short = worked.example(i, 0, "train"), brief.example(i, 0, "train")
+        total = sum(map(int, long.prompt.removesuffix("=").split("+")))
+        assert long.answer == f"{total % 10},{total}."
+        assert (short.prompt, short.answer) == (
+            (f"?{long.prompt}", f"{total}.") if i % 2 else (long.prompt, long.answer)
+        )
+        for task in (worked, brief):
+            assert task.verify(f"{total}.", long.answer, {}) == 1.0
+            assert task.verify(f"{total % 10},{total}", short.answer, {}) == 1.0
+            assert task.verify(f"{total},{total + 1}.", long.answer, {}) == 0.0
+            assert task.verify(f"{total},", long.answer, {}) == 0.0
+
+
 @pytest.mark.parametrize("name", ARITHMETIC)
 def test_arithmetic_verifier(name):
     task = get_task(name)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megaopd.losses import fused_linear_divergence
@@ -192,9 +193,12 @@ class Products:
 
     A chunk: student logits, teacher logits, hidden gradient, accumulation of the weight gradient.
     All results go into buffers that are made once; the "gradient" of the logits is the logits.
+    summed: each chunk's hidden gradient is summed over the ranks meanwhile, as every vocabulary
+    split must do.
     """
 
-    def __init__(self, inputs: Inputs, chunked: bool) -> None:
+    def __init__(self, inputs: Inputs, chunked: bool, summed: bool = False) -> None:
+        self.group, self.summed = inputs.group, summed
         tokens = inputs.shape.tokens
         self.chunks = inputs.shape.chunks() if chunked else [slice(0, tokens)]
         self.hidden, self.weight = inputs.hidden.detach(), inputs.weight.detach()
@@ -206,13 +210,19 @@ class Products:
         self.weight_gradient = torch.zeros_like(self.weight)
 
     def __call__(self) -> None:
+        sums = []
         for c in self.chunks:
             rows = c.stop - c.start
             s, t, h = self.student[:rows], self.teacher[:rows], self.hidden[c]
             torch.mm(h, self.weight.t(), out=s)
             torch.mm(self.teacher_hidden[c], self.teacher_weight.t(), out=t)
             torch.mm(s, self.weight, out=self.hidden_gradient[c])
+            if self.summed:
+                part = self.hidden_gradient[c]
+                sums.append(dist.all_reduce(part, group=self.group, async_op=True))
             self.weight_gradient.addmm_(s.t(), h)
+        for one in sums:
+            one.wait()
 
     def memory(self) -> dict[str, int]:
         """Bytes of the buffers, in the keys of a record."""

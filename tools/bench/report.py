@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .alternatives import PACKAGES
-from .worker import CHUNKED, UNCHUNKED, Record
+from .worker import CHUNKED, SUMMED, UNCHUNKED, Record
 
 WRONG = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 5e-2}  # gradient errors above are marked
 KEY = ("dtype", "hidden", "vocab", "tokens", "ranks", "chunk")  # a table each
@@ -21,6 +21,7 @@ HEADER = (
     "method",
     "time / products, same chunks",
     "time / products, all tokens",
+    "time / products, hidden gradient summed",
     "peak MB",
     "outputs MB",
     "after forward MB",
@@ -37,7 +38,8 @@ LEGEND = """\
   beforehand: in the same chunks of tokens, and of all tokens at once. Every measurement is paired
   with one of the products right before or after it, in random order; a round visits all methods in
   random order. Median over the pairs with its 95% bootstrap interval. With several ranks a barrier
-  comes first, and the slowest rank counts.
+  comes first, and the slowest rank counts; a third ratio is to products in the same chunks that
+  also sum the hidden gradient over the ranks, which no split of the vocabulary can do without.
 - Peak: bytes that torch's CPU allocator hands out during forward and backward and has not got back,
   beyond the inputs. `outputs` are the part that is wanted: both gradients, the loss and the
   per-token vectors. `after forward` is what stays until backward. Temporaries inside operators
@@ -162,6 +164,7 @@ def row(record: Record) -> list[str]:
         record["method"],
         "1" if yardstick else _cell(record, "ratio", _ratio),
         "1" if record["method"] == UNCHUNKED else _cell(record, "ratio_unchunked", _ratio),
+        "1" if record["method"] == SUMMED else _cell(record, "ratio_summed", _ratio),
         _cell(record, "peak_bytes", _megabytes),
         _cell(record, "output_bytes", _megabytes),
         _cell(record, "held_bytes", _megabytes),

@@ -20,6 +20,7 @@ from .references import Truths
 Record = dict[str, Any]
 
 CHUNKED, UNCHUNKED = "bare products, same chunks", "bare products, all tokens"
+SUMMED = "bare products, hidden gradient summed"  # in the same chunks; with several ranks
 PROBE = Shape(tokens=8, hidden=16, vocab=256, chunk=4)
 
 
@@ -78,7 +79,7 @@ def measure(job: Job, rank: int, group: Any, advance: Callable[[], None]) -> lis
     torch._dynamo.reset()  # code compiled for another shape would be reused as a general one
     inputs = Inputs.make(job.shape, job.dtype, rank, job.ranks)
     inputs.group = group
-    bare = (CHUNKED, UNCHUNKED) if job.pairs else ()
+    bare = (CHUNKED, *_others(job)) if job.pairs else ()
     records = {name: _record(job, name) for name in bare}
     forwards: dict[str, Forward] = {}
     for name in job.methods:
@@ -103,7 +104,13 @@ def measure(job: Job, rank: int, group: Any, advance: Callable[[], None]) -> lis
 def total_steps(job: Job) -> int:
     """How often measure() calls advance()."""
     runnable = [n for n in job.methods if unfit(all_methods()[n], job) is None]
-    return len(runnable) + job.pairs * (len(runnable) + _unchunked_fits(job))
+    others = len(_others(job)) - (not _unchunked_fits(job))
+    return len(runnable) + job.pairs * (len(runnable) + others)
+
+
+def _others(job: Job) -> tuple[str, ...]:
+    """The products' rows beside the yardstick's own."""
+    return (UNCHUNKED, SUMMED) if job.ranks > 1 else (UNCHUNKED,)
 
 
 def _unchunked_fits(job: Job) -> bool:
@@ -204,6 +211,11 @@ def _time(
         unchunked()
     else:
         records[UNCHUNKED]["skipped"] = f"logits of all tokens, limit {job.max_gib:g} GiB"
+    if job.ranks > 1:
+        summed = Products(inputs, chunked=True, summed=True)
+        records[SUMMED] |= summed.memory()
+        steps[SUMMED] = summed
+        summed()
     chunked()
     for name, pairs in time_pairs(
         steps, chunked, job.pairs, before=before, advance=advance
@@ -231,12 +243,16 @@ def _merge_ranks(records: list[Record], group: Any) -> list[Record]:
 def summarise(records: list[Record]) -> None:
     """Adds ratios with intervals to the records of one job, from their samples.
 
-    ratio: to the products in the same chunks, pair by pair. ratio_unchunked: that, divided by the
-    same round's ratio of the unchunked products to the chunked ones, so that both factors come from
-    neighbours in time.
+    ratio: to the products in the same chunks, pair by pair. ratio_unchunked and ratio_summed: that,
+    divided by the same round's ratio of the other products to the chunked ones, so that both
+    factors come from neighbours in time.
     """
     by_name = {record["method"]: record for record in records}
-    whole = by_name.get(UNCHUNKED, {}).get("samples")
+    others = {
+        key: Pairs(**by_name[name]["samples"]).ratios()
+        for key, name in (("ratio_unchunked", UNCHUNKED), ("ratio_summed", SUMMED))
+        if "samples" in by_name.get(name, {})
+    }
     for record in records:
         if "samples" not in record:
             continue
@@ -246,9 +262,9 @@ def summarise(records: list[Record]) -> None:
         record["seconds"] = statistics.median(pairs.step)
         record["products_seconds"] = statistics.median(pairs.yardstick)
         record["ratio"] = asdict(bootstrap_median(ratios))
-        if whole is not None:
-            double = [a / b for a, b in zip(ratios, Pairs(**whole).ratios(), strict=True)]
-            record["ratio_unchunked"] = asdict(bootstrap_median(double))
+        for key, other in others.items():
+            double = [a / b for a, b in zip(ratios, other, strict=True)]
+            record[key] = asdict(bootstrap_median(double))
 
 
 def rank_main(rank: int, job: Job, store: str, advance: Callable[[], None]) -> list[Record]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from megaopd.data.tasks.arithmetic import ArithmeticTask
 from megaopd.data.tasks.base import Example, Split, Task
+from megaopd.data.tasks.coached import CoachedTask, WorkedTask
 from megaopd.data.tasks.environments import Environment, EnvironmentTask
 from megaopd.data.tasks.keyed import KeyedTask, ToldTask
 from megaopd.data.tasks.math import MathTask
@@ -26,6 +27,9 @@ TASKS: dict[str, Callable[[str], Task]] = {
     "rule": lambda keys: KeyedTask("rule", int(keys or 3)),
     "shown": lambda keys: KeyedTask("shown", int(keys or 3)),
     "told_addition": lambda size: ToldTask(int(size or 2)),
+    "coached_addition": lambda size: CoachedTask(int(size or 2)),
+    "worked_addition": lambda size: WorkedTask("worked", int(size or 2)),
+    "brief_addition": lambda size: WorkedTask("brief", int(size or 2)),
     "calculator": lambda size: CalculatorTask(int(size or 3)),
     "sokoban": lambda size: SokobanTask(int(size or 6)),
     "math": lambda _: MathTask(),
@@ -52,7 +56,8 @@ def get_task(name: str) -> Task:
         raise UserError(
             f"no task {name!r}",
             expected="addition3, subtraction3, addsub3, chain4, hidden3, rule3, shown3, "
-            "told_addition2, calculator3, sokoban6, math or reasoning_gym:NAME",
+            "told_addition2, coached_addition2, worked_addition2, brief_addition2, calculator3, "
+            "sokoban6, math or reasoning_gym:NAME",
             fix=f"did you mean {', '.join(near)}?" if near else "take one of these",
         )
     return TASKS[family](rest)
