@@ -40,6 +40,7 @@ def job_of(config: Config, world: int, *, teacher_layout: str = "") -> Job:
         laws=2 if tempered else 1,
         old_log_probs=needs(law).old_log_prob_pass
         or (config.trainer.updates > 1 and needs(law).ratio),
+        epochs=config.trainer.epochs,
         rollout=_rollout(config),
         rollout_batch=config.rollout.batch_size,
     )
@@ -94,6 +95,7 @@ def left_out(config: Config) -> list[str]:
         f"teacher.kind = {teacher.kind}": teacher.follows,
         f"teacher.offload = {teacher.offload}": teacher.offload,
         "[teachers]": config.teachers,
+        f"trainer.mini_batches = {config.trainer.mini_batches}": config.trainer.mini_batches > 1,
         "trainer.micro_batch_tokens": config.trainer.micro_batch_tokens,
         f"optim.cpu_offload = {config.optim.cpu_offload}": config.optim.cpu_offload,
         f"optim.state_dtype = {config.optim.state_dtype}": config.optim.state_dtype != "float32",

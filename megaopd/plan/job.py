@@ -74,6 +74,7 @@ class Job:
     distributed: bool = True  # optimizer state split over data-parallel ranks
     laws: int = 1  # sets of terms that need a copy of the logits (losses/plan.py)
     old_log_probs: bool = False  # one more forward pass, for ratios to the old weights
+    epochs: int = 1  # passes of training over the samples of a rollout
     # Where responses are sampled: inside the ranks, on servers of the same GPUs, or on others.
     rollout: Literal["none", "embedded", "colocated", "separate"] = "none"
     rollout_batch: int = 0  # sequences in the embedded engine's key/value cache

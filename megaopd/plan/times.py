@@ -38,26 +38,26 @@ def forward_flops(side: Side, tokens: float, sequence: int) -> float:
 
 
 def estimate(job: Job, gpu: Gpu, traffic: list[Traffic]) -> Seconds:
-    """The update of one step."""
+    """The updates of one rollout: job.epochs over its samples, the teacher's pass in each."""
     side, rate = job.student, gpu.flops * EFFICIENCY * job.world
     if side.itemsize == 4:
         rate /= 2  # fp32 through TF32
     filled = job.micro_batches * job.micro_batch * side.data(job.world)
     tokens = float(filled * job.padded_sequence)
-    passes = 3 + (side.recompute == "full") + job.old_log_probs
+    passes = job.epochs * (3 + (side.recompute == "full")) + job.old_log_probs
     student = passes * forward_flops(side, tokens, job.padded_sequence) / rate
     rows = filled * (job.padded_sequence if side.layout.sequence else job.rows)
     widths = 3 * side.arch.hidden + (job.teacher.arch.hidden if job.teacher else 0)
     # The output layers work on the ranks of the last stage alone.
-    loss = 2 * rows * widths * job.vocab * side.layout.pipeline / rate
+    loss = job.epochs * 2 * rows * widths * job.vocab * side.layout.pipeline / rate
     teacher = 0.0
     if job.teacher:
-        teacher = forward_flops(job.teacher, tokens, job.padded_sequence) / rate
+        teacher = job.epochs * forward_flops(job.teacher, tokens, job.padded_sequence) / rate
     idle = (side.layout.pipeline - 1) / (job.micro_batches * side.layout.virtual)
     node = network = 0.0
     for one in traffic:
         crosses = one.crosses(gpu)
         link = gpu.network if crosses else gpu.node_link
-        spent = one.sent / (link * LINK_EFFICIENCY) + one.calls * CALL_US * 1e-6
+        spent = job.epochs * (one.sent / (link * LINK_EFFICIENCY) + one.calls * CALL_US * 1e-6)
         node, network = (node, network + spent) if crosses else (node + spent, network)
     return Seconds(student, teacher, loss, idle * (student + teacher), node, network)

@@ -21,6 +21,7 @@ from megaopd.plan.layer import backward_peak, layer_modules, saved_bytes
 from megaopd.plan.memory import in_flight, stage_memory, stage_weights
 from megaopd.plan.models import as_model, find_model, known_models
 from megaopd.plan.search import best, search
+from megaopd.plan.times import estimate
 from megaopd.recipes import recipe
 from megaopd.schema import load_config
 
@@ -284,6 +285,22 @@ def test_a_second_law_costs_a_second_pair_of_logits_in_fp32():
     two = job_of(dataclasses.replace(config, objective=law), 8)
     one = job_of(config, 8)
     assert head.head_bytes(two).logits == 2 * 2 * head.head_bytes(one).logits
+
+
+def test_epochs_multiply_all_but_the_old_log_probs():
+    config = load_config(recipe("h100/llama_70b_to_8b_8gpu"))
+    trainer = dataclasses.replace(config.trainer, epochs=3, mini_batches=2)
+    several = dataclasses.replace(config, trainer=trainer)
+    job, gpu = job_of(several, 8), GPUS["h100"]
+    once = estimate(dataclasses.replace(job, epochs=1), gpu, step_traffic(job))
+    thrice = estimate(job, gpu, step_traffic(job))
+    assert (thrice.teacher, thrice.loss, thrice.node) == pytest.approx(
+        (3 * once.teacher, 3 * once.loss, 3 * once.node)
+    )
+    more = job.old_log_probs
+    passes = 3 + (job.student.recompute == "full")
+    assert thrice.student / once.student == pytest.approx((3 * passes + more) / (passes + more))
+    assert "trainer.mini_batches = 2" in left_out(several)
 
 
 @pytest.mark.parametrize("name", RECIPES)
