@@ -116,13 +116,16 @@ class ServerClient:
                 and more, or JSON that does not parse.
         """
         data = stream if body is None else _dumps(body)
-        headers = None if data is None else {"Content-Type": "application/json"}
         try:
-            async with (
-                asyncio.timeout(timeout),
-                self._open().request(method, self.url + path, data=data, headers=headers) as answer,
-            ):
-                status, kind, content = answer.status, answer.content_type, await answer.read()
+            async with asyncio.timeout(timeout):
+                try:
+                    status, kind, content = await self._exchange(method, path, data)
+                except aiohttp.ClientOSError as err:
+                    # Without an errno: an idle connection that the server was closing took none of
+                    # the request. A stream may have been used up.
+                    if err.errno is not None or stream is not None:
+                        raise
+                    status, kind, content = await self._exchange(method, path, data)
         except TimeoutError:
             message = "timed out" if timeout is None else f"no answer within {timeout:g} s"
             raise ServerError(self.url, path, 0, message) from None
@@ -138,6 +141,12 @@ class ServerClient:
             start = content[:100].decode(errors="replace")
             message = f"an answer that is not JSON: {start!r}"
             raise ServerError(self.url, path, status, message) from None
+
+    async def _exchange(self, method: str, path: str, data: Any) -> tuple[int, str, bytes]:
+        headers = None if data is None else {"Content-Type": "application/json"}
+        request = self._open().request(method, self.url + path, data=data, headers=headers)
+        async with request as answer:
+            return answer.status, answer.content_type, await answer.read()
 
     async def get(self, path: str, *, timeout: float | None = None) -> Any:
         return await self.request("GET", path, timeout=timeout)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 
@@ -304,6 +305,27 @@ class TestClient:
         assert (error.status, error.refused) == (status, refused)
         assert error.message.startswith(said) and error.unreachable == (status == 0)
         assert f"{rig.servers[0].url}/generate: {said}" in str(error)
+
+    @pytest.mark.parametrize(("errno", "asked"), [(None, 2), (104, 1)])
+    def test_a_request_that_was_not_written_is_sent_again(
+        self, make_rig: Callable[..., Rig], monkeypatch: Any, errno: int | None, asked: int
+    ):
+        """Whatever has an errno may have arrived: who asked decides about that."""
+        rig, real, calls = make_rig(), ServerClient._exchange, []
+
+        async def first_fails(client: ServerClient, *what: Any) -> Any:
+            calls.append(what)
+            if len(calls) == 1:
+                raise aiohttp.ClientOSError(errno, "Can not write request body")
+            return await real(client, *what)
+
+        monkeypatch.setattr(ServerClient, "_exchange", first_fails)
+        if asked == 1:
+            with pytest.raises(ServerError, match="Can not write"):
+                self.ask(rig, whole)
+        else:
+            assert self.ask(rig, whole)["output_ids"] == [6]
+        assert len(calls) == asked
 
     @pytest.mark.parametrize(
         ("content", "said"),
