@@ -6,6 +6,9 @@ Same models (Hugging Face folders of the toy tokenizer), prompts in the same ord
 the whole vocabulary, AdamW, cosine schedule, fp32, one process, one thread, transformers' generate
 on both sides. The held-out prompts are scored by greedy decoding outside the measured time. Writes
 OUT.md, OUT.json and OUT.png; what is in WORK already is not run again.
+
+With --self the student as it began is the teacher and sees the answer, the loss is Jensen-Shannon,
+and the peer is TRL's SDFTTrainer.
 """
 
 import argparse
@@ -20,19 +23,31 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.bench.trl_runner import TRAINERS  # noqa: E402
+from megaopd.data.tasks.coached import FRONT  # noqa: E402
+from tools.bench.trl_runner import SELF_TRAINERS, TRAINERS  # noqa: E402
 
 OURS = "megaopd"
+LOSS = "reverse KL over the whole vocabulary (TRL: beta = 1)"
+SELF_LOSS = (
+    "the student as it began is the teacher and sees the answer, Jensen-Shannon over the whole "
+    "vocabulary (TRL: SDFTTrainer with full_logits, alpha = 0.5)"
+)
+IWOPD = (
+    "IWOPDTrainer is TRL's experimental importance-weighted sampled-token objective, with `jsd` "
+    "its full-vocabulary one."
+)
 Points = list[dict[str, float]]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--student", type=Path, required=True, help="a Hugging Face folder")
-    parser.add_argument("--teacher", type=Path, required=True)
+    teacher = parser.add_mutually_exclusive_group(required=True)
+    teacher.add_argument("--teacher", type=Path)
+    teacher.add_argument("--self", action="store_true", help="the student, which sees the answer")
     parser.add_argument("--task", default="addition3")
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has trl")
-    parser.add_argument("--peers", nargs="*", default=list(TRAINERS), choices=TRAINERS)
+    parser.add_argument("--peers", nargs="*", choices=(*TRAINERS, *SELF_TRAINERS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--prompts", type=int, default=128, help="of a step")
@@ -42,6 +57,8 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/compare_trl"))
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "compare_trl")
     options = parser.parse_args()
+    options.teacher = options.teacher or options.student
+    options.peers = options.peers or list(SELF_TRAINERS if options.self else TRAINERS)
     options.work.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[int, Points]] = {}
     for seed in options.seeds:
@@ -55,17 +72,18 @@ def main() -> int:
 
 
 def _config(options: Any, seed: int) -> dict[str, Any]:
+    sees = {"teacher_sees": "answer", "teacher_text": FRONT} if options.self else {}
     return {
         "run": {"dir": str(options.work / f"megaopd_{seed}"), "steps": options.steps, "seed": seed},
         "student": {"path": str(options.student)},
         "teacher": {"path": str(options.teacher)},
-        "data": {"source": f"task:{options.task}", "seed": seed},
+        "data": {"source": f"task:{options.task}", "seed": seed, **sees},
         "rollout": {
             "prompts_per_step": options.prompts,
             "max_new_tokens": 5,
             "batch_size": options.prompts,
         },
-        "objective": {"loss": "rkl"},
+        "objective": {"loss": "jsd" if options.self else "rkl"},
         "optim": {"lr": options.lr, "warmup_steps": options.steps // 20, "decay": "cosine"},
         "trainer": {"micro_batch_size": options.prompts},
         "eval": {"prompts": options.held_out, "every": options.every},
@@ -123,6 +141,7 @@ def _peer(options: Any, name: str, seed: int, data: dict[str, Any]) -> Points:
             "trainer": name,
             "student": str(options.student),
             "teacher": str(options.teacher),
+            "teacher_text": FRONT,
             **data,
             "task": options.task,
             "steps": options.steps,
@@ -157,13 +176,12 @@ def _write(options: Any, results: dict[str, dict[int, Points]]) -> None:
         "",
         f"    {record['command']}",
         "",
-        f"`task:{options.task}`, {options.steps} steps of {options.prompts} prompts, reverse KL "
-        "over the whole vocabulary (TRL: beta = 1),",
+        f"`task:{options.task}`, {options.steps} steps of {options.prompts} prompts, "
+        f"{SELF_LOSS if options.self else LOSS},",
         "AdamW, fp32, one process with one thread, transformers' generate on both sides. Greedy "
         f"accuracy on {options.held_out} held-out prompts;",
-        f"mean of {len(options.seeds)} seeds. Evaluation is not in the seconds. IWOPDTrainer is "
-        "TRL's experimental importance-weighted sampled-token objective,",
-        "with `jsd` its full-vocabulary one.",
+        f"mean of {len(options.seeds)} seeds. Evaluation is not in the seconds.",
+        *([] if options.self else [IWOPD]),
         "",
         "| | " + " | ".join(f"step {s}" for s in steps) + " | tokens | s | tokens/s |",
         "|---" * (len(steps) + 4) + "|",
@@ -188,7 +206,7 @@ def _write(options: Any, results: dict[str, dict[int, Points]]) -> None:
 def _asked(options: Any) -> list[str]:
     """The arguments that say what was run; folders by their names only."""
     names = ("task", "seeds", "steps", "prompts", "held_out", "every", "lr")
-    asked = ["--student STUDENT --teacher TEACHER"]
+    asked = ["--student STUDENT", "--self" if options.self else "--teacher TEACHER"]
     for name in names:
         value = getattr(options, name)
         text = " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -16,6 +16,8 @@ from megaopd.rollout.sync import WeightSync
 from megaopd.rollout.verify import score
 
 METHODS = ("tensor", "broadcast", "disk")
+# For what costs a server's start a method: one of them is in every run of the tests.
+OFTEN = ("tensor", *(pytest.param(method, marks=pytest.mark.slow) for method in METHODS[1:]))
 TEXT = (5, 9, 3, 7, 7, 50, 20, 30, 40, 1, 2)
 SMALL = 0.1  # MB a bucket: the tiny model then takes nine
 NOISE = 2e-5  # of log-probs in float32

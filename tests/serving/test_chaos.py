@@ -214,9 +214,8 @@ def _base(models) -> None:
     Models.base = models[0]
 
 
-@pytest.mark.parametrize(
-    ("staleness", "sync"), [(0, "tensor"), pytest.param(1, "broadcast", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("staleness", "sync"), [(0, "tensor"), (1, "broadcast")])
 def test_servers_die_hang_and_change(train, configure, undisturbed, wrong, staleness, sync):
     name, override = f"chaos-{staleness}", f"rollout.staleness={staleness}"
     config = configure(name, override, count=2, sync=sync)

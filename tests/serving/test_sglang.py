@@ -71,10 +71,12 @@ class OnSGLang(Conformance):
             yield engine
 
 
+@pytest.mark.slow  # tests/serving/test_sync.py has every way of syncing
 class TestDisk(OnSGLang):
     sync = "disk"
 
 
+@pytest.mark.slow
 class TestBroadcast(OnSGLang):
     sync = "broadcast"
 

@@ -13,8 +13,8 @@ import pytest
 from megaopd.errors import UserError
 from megaopd.rollout import push, transfer
 from tests.serving.syncing import (
-    METHODS,
     NOISE,
+    OFTEN,
     base,
     fleet,
     holds,
@@ -77,7 +77,7 @@ def restart(loop, fleet, server):
     assert (server.state, server.version) == ("unsynced", -1)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OFTEN)
 def test_a_server_killed_half_way(loop, fleet, make_sync, method):
     """The other one gets its weights, and the one that comes back is given them anew."""
     sync, new = make_sync(method), model(40)
@@ -101,7 +101,7 @@ def test_a_server_killed_half_way(loop, fleet, make_sync, method):
     assert holds(loop, victim, new) < NOISE
 
 
-@pytest.mark.parametrize("method", ["tensor", "broadcast"])
+@pytest.mark.parametrize("method", OFTEN[:2])
 def test_a_server_that_hangs_half_way(loop, fleet, make_sync, method, monkeypatch):
     """Rank 0 waits no longer than it said; the stuck group is left, and the next sync makes one."""
     monkeypatch.setattr(transfer, "patience", lambda nbytes: 4.0)

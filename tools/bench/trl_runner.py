@@ -2,9 +2,10 @@
 
 python -m tools.bench.trl_runner JOB.json      (tools/compare_trl.py does, once a trainer and seed)
 
-The job is JSON: trainer, student, teacher, prompts and answers (texts, in order), held_out (prompt,
-answer), task, steps, prompts_per_step, max_new_tokens, lr, warmup_steps, every, seed, out. Into out
-goes a JSON list of {step, tokens, seconds, accuracy}; evaluation is not in the seconds.
+The job is JSON: trainer, student, teacher, teacher_text (SDFTTrainer: how prompt and answer stand
+in its prompt), prompts and answers (texts, in order), held_out (prompt, answer), task, steps,
+prompts_per_step, max_new_tokens, lr, warmup_steps, every, seed, out. Into out goes a JSON list of
+{step, tokens, seconds, accuracy}; evaluation is not in the seconds.
 """
 
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 TRAINERS = ("DistillationTrainer", "IWOPDTrainer", "IWOPDTrainer, jsd")
+SELF_TRAINERS = ("SDFTTrainer",)  # the student as it began is the teacher, and sees the answer
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
@@ -57,7 +59,6 @@ def _trainer(job: dict[str, Any], student: Any, teacher: Any, tokenizer: Any, wa
         "max_completion_length": job["max_new_tokens"],
         "temperature": 1.0,
         "top_p": 1.0,
-        "beta": 1.0,  # reverse KL
         "bf16": False,
         "gradient_checkpointing": False,
         "use_cpu": True,
@@ -67,6 +68,9 @@ def _trainer(job: dict[str, Any], student: Any, teacher: Any, tokenizer: Any, wa
         "report_to": [],
         "disable_tqdm": True,
     }
+    if job["trainer"] == "SDFTTrainer":
+        return _sdft(job, common, student, tokenizer, watch)
+    common["beta"] = 1.0  # reverse KL
     if job["trainer"] == "DistillationTrainer":
         from trl import DistillationConfig, DistillationTrainer
 
@@ -86,6 +90,24 @@ def _trainer(job: dict[str, Any], student: Any, teacher: Any, tokenizer: Any, wa
     arguments = IWOPDConfig(**common, **objective, lmbda=1.0, max_length=64)
     return IWOPDTrainer(
         model=student, teacher_model=teacher, args=arguments, train_dataset=data,
+        processing_class=tokenizer, callbacks=[watch],
+    )  # fmt: skip
+
+
+def _sdft(job: dict[str, Any], common: Any, student: Any, tokenizer: Any, watch: Any) -> Any:
+    """Jensen-Shannon over the whole vocabulary, one response a prompt, no importance weights."""
+    from datasets import Dataset
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+    text = job["teacher_text"].replace("{pi}", "{privileged_context}")
+    columns = {"prompt": job["prompts"], "privileged_context": job["answers"]}
+    arguments = SDFTConfig(
+        **common, distillation_mode="full_logits", distillation_alpha=0.5,
+        distillation_is_clip=None, teacher_model_kind="base", teacher_prompt_template=text,
+        num_generations=1, shuffle_dataset=False,
+    )  # fmt: skip
+    return SDFTTrainer(
+        model=student, args=arguments, train_dataset=Dataset.from_dict(columns),
         processing_class=tokenizer, callbacks=[watch],
     )  # fmt: skip
 
