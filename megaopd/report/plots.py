@@ -83,7 +83,7 @@ GROUPS: tuple[PlotGroup, ...] = (
     ),
     PlotGroup(
         "Response length",
-        r"length|tokens$|truncated|finished|repetition",
+        r"length|tokens$|truncated|finished|repetition|eos_prob",
         "Tokens per response, and the share that was cut at the limit. Growth with falling reward "
         "is a warning.",
     ),

@@ -1,6 +1,7 @@
 """One episode of several turns, and the Sample that it becomes. See agent.py for the record."""
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -111,7 +112,8 @@ def turn_seed(seed: int, turn: int) -> int:
 
 def sample_metrics(samples: Sequence[Sample], ends: Sequence[int]) -> dict[str, float]:
     """Means over the samples of a step: length, the share that the limit cut, repetition (ids of
-    `ends` left out), and the reward of those that have one."""
+    `ends` left out); of those that have one, the reward and the probability of the token that ended
+    them."""
     found = {
         "response_length": fmean(len(s.response_ids) for s in samples),
         "truncated": fmean(s.finish_reason == "length" for s in samples),
@@ -120,6 +122,9 @@ def sample_metrics(samples: Sequence[Sample], ends: Sequence[int]) -> dict[str, 
         ),
     }
     rewards = [s.reward for s in samples if s.reward is not None]
+    ended = [s for s in samples if s.log_probs and s.response_ids[-1] in ends]
+    if ended:
+        found["eos_prob"] = fmean(math.exp((s.log_probs or ())[-1]) for s in ended)
     return found | ({"reward": fmean(rewards)} if rewards else {})
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megaopd.data.types import Prompt, Sample, Span
+from megaopd.rollout.episode import sample_metrics
 
 PROMPT = Prompt("p", (1, 2), "ab", None, "")
 
@@ -85,3 +86,17 @@ def test_lengths():
     with pytest.raises(ValueError, match="5 mask values for 4 tokens"):
         sample(loss_mask=(1,) * 5)
     assert sample(log_probs=None).log_probs is None
+
+
+def test_the_metrics_of_samples():
+    """The probability of an end token is that of responses that have one."""
+    prompt, end = Prompt("p", (1,), "", None, ""), 9
+    made = [
+        Sample(prompt, (3, end), (-1.0, math.log(0.5)), "stop", 0, reward=1.0),
+        Sample(prompt, (4, 4, end), (-1.0, -2.0, math.log(0.25)), "stop", 0),
+        Sample(prompt, (5, 5, 5, 5), (-0.1,) * 4, "length", 0, reward=0.0),
+    ]
+    found = sample_metrics(made, [end])
+    assert found["eos_prob"] == pytest.approx(0.375) and found["response_length"] == 3.0
+    assert found["truncated"] == pytest.approx(1 / 3) and found["reward"] == 0.5
+    assert "eos_prob" not in sample_metrics(made[2:], [end])
