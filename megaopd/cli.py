@@ -66,7 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"megaopd {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_runs, _add_plan, _add_convert, _add_recipe, _add_study, _add_small):
+        add(commands)
+    return parser
 
+
+def _add_runs(commands: Any) -> None:
     train = commands.add_parser("train", help="distil or fine-tune as a config says")
     evaluate = commands.add_parser("eval", help="evaluate a student on held-out prompts")
     sample = commands.add_parser("sample", help="write a model's responses to a file")
@@ -83,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="section.key=value")
         command.set_defaults(command=function)
 
+
+def _add_plan(commands: Any) -> None:
     plan = commands.add_parser("plan", help="memory, traffic and time of a run, and its layout")
     plan.add_argument("--config", type=Path, help="a TOML file; see megaopd/recipes/")
     plan.add_argument("--gpus", type=int, required=True, help="ranks of the run")
@@ -98,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("overrides", nargs="*", metavar="section.key=value")
     plan.set_defaults(command=_plan)
 
+
+def _add_convert(commands: Any) -> None:
     convert = commands.add_parser("convert", help="Hugging Face <-> Megatron checkpoints")
     ways = convert.add_subparsers(required=True, metavar="DIRECTION")
     for way, source in (("hf-to-megatron", "--hf"), ("megatron-to-hf", "--megatron")):
@@ -110,6 +119,8 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the source's")
         one.set_defaults(command=_convert, way=way)
 
+
+def _add_recipe(commands: Any) -> None:
     recipe = commands.add_parser("recipe", help="a method on a laptop; --list has them all")
     recipe.add_argument("name", nargs="?", default="", help="of a method, or a .toml file's path")
     recipe.add_argument("--list", dest="all", action="store_true", help="every method in a line")
@@ -127,6 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("overrides", nargs="*", metavar="section.key=value")
     recipe.set_defaults(command=_recipe)
 
+
+def _add_study(commands: Any) -> None:
     study = commands.add_parser("study", help="many_faces: the paper's questions, on a laptop")
     study.add_argument("name", choices=("many_faces",))
     study.add_argument("--dir", type=Path, default=Path("runs/study"))
@@ -137,6 +150,8 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--real-model", type=Path, help="a small instruct model, e.g. SmolLM2-135M")
     study.set_defaults(command=_study)
 
+
+def _add_small(commands: Any) -> None:
     report = commands.add_parser("report", help="write report.html of a run")
     report.add_argument("run_dir", type=Path)
     report.set_defaults(command=_report)
@@ -153,7 +168,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     quickstart.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the OPD")
     quickstart.set_defaults(command=_quickstart)
-    return parser
 
 
 def _train(arguments: argparse.Namespace) -> int:
