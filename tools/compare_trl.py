@@ -30,7 +30,8 @@ OURS = "megaopd"
 LOSS = "reverse KL over the whole vocabulary (TRL: beta = 1)"
 SELF_LOSS = (
     "the student as it began is the teacher and sees the answer, Jensen-Shannon over the whole "
-    "vocabulary (TRL: SDFTTrainer with full_logits, alpha = 0.5)"
+    "vocabulary, mean over a response's tokens, then over responses (TRL: SDFTTrainer with "
+    "full_logits, alpha = 0.5)"
 )
 IWOPD = (
     "IWOPDTrainer is TRL's experimental importance-weighted sampled-token objective, with `jsd` "
@@ -54,11 +55,17 @@ def main() -> int:
     parser.add_argument("--held-out", type=int, default=500)
     parser.add_argument("--every", type=int, default=50, help="steps between evaluations")
     parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--work", type=Path, default=Path("runs/compare_trl"))
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "compare_trl")
+    parser.add_argument("--work", type=Path, help="default: runs/compare_trl, or ..._self")
+    parser.add_argument("--out", type=Path, help="default: docs/compare_trl, or ..._self")
     options = parser.parse_args()
     options.teacher = options.teacher or options.student
-    options.peers = options.peers or list(SELF_TRAINERS if options.self else TRAINERS)
+    fitting = SELF_TRAINERS if options.self else TRAINERS
+    options.peers = list(fitting) if options.peers is None else options.peers
+    if not set(options.peers) <= set(fitting):
+        parser.error(f"--peers {' '.join(options.peers)}: expected some of {', '.join(fitting)}")
+    suffix = "_self" if options.self else ""
+    options.work = options.work or Path(f"runs/compare_trl{suffix}")
+    options.out = options.out or ROOT / "docs" / f"compare_trl{suffix}"
     options.work.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[int, Points]] = {}
     for seed in options.seeds:
@@ -83,7 +90,9 @@ def _config(options: Any, seed: int) -> dict[str, Any]:
             "max_new_tokens": 5,
             "batch_size": options.prompts,
         },
-        "objective": {"loss": "jsd" if options.self else "rkl"},
+        "objective": (
+            {"loss": "jsd", "loss_agg": "seq-mean-token-mean"} if options.self else {"loss": "rkl"}
+        ),
         "optim": {"lr": options.lr, "warmup_steps": options.steps // 20, "decay": "cosine"},
         "trainer": {"micro_batch_size": options.prompts},
         "eval": {"prompts": options.held_out, "every": options.every},

@@ -29,7 +29,7 @@ class DataConfig:
     # instruction, system: the text ({prompt} in an instruction: where the question stands in it).
     # solution, answer, masked, skill: where {prompt} and {pi} stand. think: the thoughts with {pi}.
     teacher_text: str = ""
-    mask_share: float = 0.5  # of the solution's words, with teacher_sees = masked
+    mask_share: float = 0.5  # of the solution's words or characters, with teacher_sees = masked
     mask_text: str = "___"  # what stands for a masked one
     mask_unit: Literal["word", "character"] = "word"  # character: where no spaces part words
     # What makes a skill of a verified response: worked (question and response), response, or the
@@ -65,7 +65,7 @@ class DataConfig:
             raise UserError(
                 f"data.teacher_sees = {kind} with data.template = raw",
                 expected="a chat template, which has a place for it",
-                fix='set data.template="chat", or data.teacher_sees=instruction',
+                fix='set data.template="chat"; for think, data.teacher_text does too',
             )
         if kind in ("instruction", "system") and not text:
             raise UserError(
@@ -77,8 +77,11 @@ class DataConfig:
             raise UserError(
                 f"data.teacher_text = {text!r}", expected="a text with {prompt} and {pi} in it"
             )
-        if kind == "think" and text and "{pi}" not in text:
-            raise UserError(f"data.teacher_text = {text!r}", expected="thoughts with {pi} in them")
+        if kind == "think" and text and ("{pi}" not in text or "{prompt}" in text):
+            raise UserError(
+                f"data.teacher_text = {text!r}",
+                expected="thoughts with {pi} in them, and without {prompt}: they stand behind it",
+            )
         if text and not kind:
             raise UserError(
                 "data.teacher_text is set without data.teacher_sees", expected="what it is for"

@@ -2,7 +2,7 @@
 
     solution     the whole solution (data.solution_key of the prompt's other keys)
     answer       the final answer alone
-    masked       the solution with a share of its words (or characters) replaced by "___"
+    masked       the solution with a share of its words or characters replaced
     instruction  data.teacher_text, the same for every prompt, behind the question
     system       data.teacher_text as the system message in place of data.system
     skill        what a summariser made of the student's own earlier successes (data/skills.py)

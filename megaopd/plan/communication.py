@@ -34,14 +34,16 @@ class Traffic:
 
 
 def step_traffic(job: Job) -> list[Traffic]:
-    """Everything that is sent in a step, the weights for rollout servers included."""
-    passes = job.micro_batches
+    """Everything that is sent for a rollout's samples in all epochs, and the weights for rollout
+    servers; old log-probs are taken once."""
+    passes, old = job.micro_batches * job.epochs, job.micro_batches * job.old_log_probs
+    forwards = passes * (1 + (job.student.recompute == "full")) + old
     found = [
-        *_tensor("student", job, job.student, passes * _forwards(job), passes),
-        *_embedding("student", job, job.student, passes * (1 + job.old_log_probs), passes),
-        *_pipeline("student", job, job.student, passes * 2),
-        *_experts("student", job, job.student, passes * (_forwards(job) + 1)),
-        *_context("student", job, job.student, passes * (_forwards(job) + 2)),
+        *_tensor("student", job, job.student, forwards, passes),
+        *_embedding("student", job, job.student, passes + old, passes),
+        *_pipeline("student", job, job.student, passes * 2 + old),
+        *_experts("student", job, job.student, forwards + passes),
+        *_context("student", job, job.student, forwards + 2 * passes),
         *_data(job),
         *_loss(job, passes),
     ]
@@ -61,11 +63,6 @@ def step_traffic(job: Job) -> list[Traffic]:
         sent = job.student.model.parameters() * job.student.itemsize
         found.append(Traffic("weight sync (rank 0)", 2, sent, 1, job.world // 2))
     return [one for one in found if one.sent > 0]
-
-
-def _forwards(job: Job) -> int:
-    """Forward passes of the student for each backward pass."""
-    return 1 + (job.student.recompute == "full") + job.old_log_probs
 
 
 def _ring(ranks: int) -> float:
@@ -125,7 +122,7 @@ def _context(who: str, job: Job, side: Side, passes: int) -> Iterator[Traffic]:
 
 
 def _data(job: Job) -> Iterator[Traffic]:
-    """Gradients in fp32 once a step, and the new weights where the optimizer is split."""
+    """Gradients in fp32 once an epoch, and the new weights where the optimizer is split."""
     side = job.student
     stages = range(side.layout.pipeline)
     weights = [stage_weights(side, stage, vocab_rows=job.vocab_rows) for stage in stages]
@@ -137,7 +134,8 @@ def _data(job: Job) -> Iterator[Traffic]:
         ("experts' gradients and weights", experts, heaviest.experts, side.layout.expert),
     ):  # fmt: skip
         if ranks > 1:
-            yield Traffic(name, ranks, _ring(ranks) * numbers * (4 + back), 2, stride)
+            sent = job.epochs * _ring(ranks) * numbers * (4 + back)
+            yield Traffic(name, ranks, sent, 2 * job.epochs, stride)
 
 
 def _loss(job: Job, passes: int) -> Iterator[Traffic]:

@@ -157,8 +157,8 @@ def _print_seconds(console: Any, found: Found) -> None:
     parts = dataclasses.asdict(found.seconds).items()
     text = ", ".join(f"{name} {value:.1f}" for name, value in parts)
     console.print(
-        f"Estimate of an update: {found.seconds.total:.1f} s ({text}); no overlap, products at "
-        f"{EFFICIENCY:.0%} of the peak, links at {LINK_EFFICIENCY:.0%}; sampling not included.",
+        f"Estimate of a rollout's updates: {found.seconds.total:.1f} s ({text}); no overlap, "
+        f"products at {EFFICIENCY:.0%} of the peak, links at {LINK_EFFICIENCY:.0%}; sampling not included.",
         highlight=False,
     )
 

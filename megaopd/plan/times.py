@@ -1,4 +1,4 @@
-"""Seconds of one update: an estimate from peaks and assumed shares of them (hardware.py).
+"""Seconds of a rollout's updates: an estimate from peaks and assumed shares of them (hardware.py).
 
 Good for ranking layouts. Nothing of it was measured on a GPU, and sampling is not part of it.
 """
@@ -58,6 +58,6 @@ def estimate(job: Job, gpu: Gpu, traffic: list[Traffic]) -> Seconds:
     for one in traffic:
         crosses = one.crosses(gpu)
         link = gpu.network if crosses else gpu.node_link
-        spent = job.epochs * (one.sent / (link * LINK_EFFICIENCY) + one.calls * CALL_US * 1e-6)
+        spent = one.sent / (link * LINK_EFFICIENCY) + one.calls * CALL_US * 1e-6
         node, network = (node, network + spent) if crosses else (node + spent, network)
     return Seconds(student, teacher, loss, idle * (student + teacher), node, network)

@@ -122,9 +122,10 @@ def sample_metrics(samples: Sequence[Sample], ends: Sequence[int]) -> dict[str, 
         ),
     }
     rewards = [s.reward for s in samples if s.reward is not None]
-    ended = [s for s in samples if s.log_probs and s.response_ids[-1] in ends]
+    sampled = [s for s in samples if s.log_probs and (s.loss_mask is None or s.loss_mask[-1])]
+    ended = [s for s in sampled if s.response_ids[-1] in ends]
     if ended:
-        found["eos_prob"] = fmean(math.exp((s.log_probs or ())[-1]) for s in ended)
+        found["eos_prob"] = fmean(math.exp(s.log_probs[-1]) for s in ended if s.log_probs)
     return found | ({"reward": fmean(rewards)} if rewards else {})
 
 

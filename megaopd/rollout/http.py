@@ -19,8 +19,8 @@ except ImportError:
         return json.dumps(obj, separators=(",", ":")).encode()
 
 
-# SGLang closes a connection that was idle for 5 s. Ours are dropped earlier: a request that is
-# written into a closing connection is lost, and a POST is not sent again by itself.
+# SGLang closes a connection that was idle for 5 s. Ours are dropped earlier: of a request that is
+# lost in a closing connection it is not always known whether it arrived.
 KEEP_ALIVE_S = 2.0
 
 

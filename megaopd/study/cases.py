@@ -37,8 +37,7 @@ def _loss(**values: Any) -> dict[str, Any]:
 
 
 CENTRE = _truncated("sg", 2)
-TOLD = "{pi}?{prompt}"
-SEES = {"data": {"teacher_sees": "answer", "teacher_text": TOLD}}
+SEES = {"data": {"teacher_sees": "answer", "teacher_text": FRONT}}
 SELF = {"teacher": {"path": "", "kind": "periodic", "sync_every": 40}}
 
 # Question 4: the teacher is the student as it began, and sees a key (data/tasks/keyed.py).
@@ -49,7 +48,7 @@ def _keyed(source: str, loss: str) -> dict[str, Any]:
     return {
         "student": {"path": "{keyed_student}"},
         "teacher": {"path": "{keyed_student}"},
-        "data": {"source": f"task:{source}", "teacher_sees": "solution", "teacher_text": TOLD},
+        "data": {"source": f"task:{source}", "teacher_sees": "solution", "teacher_text": FRONT},
         "rollout": {"max_new_tokens": 2},
         "objective": {"loss": loss},
     }
@@ -57,7 +56,7 @@ def _keyed(source: str, loss: str) -> dict[str, Any]:
 
 def _reader(sight: str) -> dict[str, Any]:
     values = merged(_loss(loss="jsd"), {"student": {"path": "{told_student}"}})
-    seen = {"data": {"teacher_sees": sight, "teacher_text": TOLD}}
+    seen = {"data": {"teacher_sees": sight, "teacher_text": FRONT}}
     return values if sight == "nothing" else merged(values, seen)
 
 
@@ -138,7 +137,7 @@ def _block(losses: Mapping[str, Mapping[str, Any]], question: int) -> Iterator["
     ):
         values = merged(losses[loss], {"student": {"path": start}, "teacher": {"path": path}})
         if sight != "nothing":
-            values = merged(values, {"data": {"teacher_sees": sight, "teacher_text": TOLD}})
+            values = merged(values, {"data": {"teacher_sees": sight, "teacher_text": FRONT}})
         yield Case(block_name(student, teacher, sight, loss), question, values)
 
 
@@ -149,7 +148,7 @@ CASES: tuple[Case, ...] = (
     Case("sampled, k2", 6, _loss(loss="k2")),
     Case("sampled, pg", 6, _loss(loss="pg")),
     Case("vopd", 6, {"objective": {"loss": "vopd", "baseline": "topk", "baseline_k": 5}}),
-    # 1: the teacher
+    # 2: the teacher
     Case("same-size RL teacher", 2, merged(CENTRE, {"teacher": {"path": "{grpo_teacher}"}})),
     Case(
         "same-size RL teacher that sees the answer",

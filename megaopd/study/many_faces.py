@@ -7,6 +7,7 @@ run.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from megaopd.study.cases import (
     BLOCK_LOSSES,
@@ -289,7 +290,7 @@ SYSTEM_FINDING = (
 )
 
 
-def system_verdict(by_seed: Mapping[int, Mapping[str, Figures]]) -> str:
+def system_verdict(by_seed: Mapping[int, Mapping[str, Any]]) -> str:
     """Question 9: by_seed holds study/system_prompt.py internalise."""
     return _verdict([s["after"]["kl"] <= 0.5 * s["before"]["kl"] for s in by_seed.values()])
 

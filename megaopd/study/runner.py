@@ -23,7 +23,8 @@ from megaopd.study.stages import Stages, slug
 
 PREFIXES = (0, 1, 2)  # tokens of the student's
 GRID_QUESTION, REAL = 8, 9  # asked for by --full-grid and --real-model
-SECONDS = 16.0  # of a case on one core, with its evaluation: for the estimate only
+# Of a case on one core with its evaluation, and of question 9: for the estimate only.
+SECONDS, SECONDS_OF_REAL = 16.0, 900.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def command(
 ) -> int:
     """`megaopd study many_faces`: run what is missing, and write study.md and study.html."""
     questions = _questions(only, full_grid, real_model)
+    _check_model(root, real_model)
     if workers < 1 or not seeds:
         raise UserError(f"--workers {workers}, --seeds {list(seeds)}", expected="at least one")
     jobs = [
@@ -62,7 +64,8 @@ def command(
         for seed in seeds
         for name in missing(root, seed, questions)
     ]
-    minutes = len(jobs) * SECONDS / 60 / workers
+    seconds = sum(SECONDS_OF_REAL if job.name == "system" else SECONDS for job in jobs)
+    minutes = seconds / 60 / workers
     print(f"{len(seeds)} seeds, {len(jobs)} runs to do: about {minutes:.0f} min")
     begun, new = time.monotonic(), not (root / "figures").exists()
     shared_stages = [Job(root, seed, stages=stages_of(jobs, seed)) for seed in seeds]
@@ -93,8 +96,18 @@ def _questions(only: Sequence[int], full_grid: bool, real_model: Path | None) ->
         )
     chosen = set(only) or set(report.QUESTIONS) - {GRID_QUESTION, REAL}
     chosen |= {GRID_QUESTION} if full_grid else set()
-    chosen |= {REAL} if real_model is not None and not only else set()
+    chosen |= {REAL} if real_model is not None else set()
     return sorted(chosen)
+
+
+def _check_model(root: Path, real_model: Path | None) -> None:
+    """Figures of one real model are not those of another."""
+    for path in (root / "figures").glob("system-*.json"):
+        held = json.loads(path.read_text())["model"]
+        if real_model is not None and held != real_model.name:
+            raise UserError(
+                f"--real-model {real_model}, and {path} is of {held}", fix="take another --dir"
+            )
 
 
 def missing(root: Path, seed: int, questions: Sequence[int]) -> list[str]:
@@ -110,9 +123,10 @@ def stages_of(jobs: Sequence[Job], seed: int) -> tuple[str, ...]:
     found: set[str] = set()
     for job in jobs:
         if job.seed == seed:
-            own = cases[job.name].values if job.name in cases else {}
-            found |= set(places(merged(shared("tiny"), own))) if own else set()
-            found |= set() if job.name in cases else set(EXTRAS[job.name][1])
+            if job.name in cases:
+                found |= set(places(merged(shared("tiny"), cases[job.name].values)))
+            else:
+                found |= set(EXTRAS[job.name][1])
     return tuple(sorted(found))
 
 
@@ -193,7 +207,7 @@ def _run_case(stages: Stages, job: Job, case: Case) -> None:
 def _exact(stages: Stages, values: dict[str, Any], run_dir: Path) -> dict[str, float]:
     """KL(student || teacher) over the whole vocabulary and the student's entropy, on its samples.
 
-    The teacher is the case's; of a student that is its own teacher, nothing is measured.
+    The teacher is the case's; without a checkpoint of its own, nothing is measured.
     """
     from megaopd import run
 
@@ -243,7 +257,7 @@ def _system_prompt(stages: Stages, job: Job) -> Any:
     from megaopd.study.system_prompt import internalise
 
     assert job.real_model is not None
-    return internalise(stages, job.real_model)
+    return {"model": job.real_model.name, **internalise(stages, job.real_model)}
 
 
 # Name -> the question, the stages that it needs, and what makes its figures.

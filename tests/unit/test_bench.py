@@ -213,3 +213,33 @@ def test_bad_options_end_before_anything_is_measured(options, capsys):
         cli.main(options)
     assert end.value.code == 2
     assert options[0] in capsys.readouterr().err
+
+
+def test_the_yardstick_that_sums_the_hidden_gradient(monkeypatch):
+    """Each chunk's part is on its way before the weight gradient, and waited for."""
+    inputs, parts, waited = cases.Inputs.make(SMALL, torch.float32), [], []
+
+    class Work:
+        def wait(self):
+            waited.append(len(parts))
+
+    def all_reduce(tensor, group=None, async_op=False):
+        assert async_op
+        parts.append(tensor.shape[0])
+        return Work()
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    cases.Products(inputs, chunked=True, summed=True)()
+    assert parts == [5, 5, 2] and waited == [3, 3, 3]
+    cases.Products(inputs, chunked=True)()
+    assert len(parts) == 3
+
+
+def test_ratios_to_every_yardstick():
+    record = {"method": "ours", "samples": {"step": [1.2, 1.2], "yardstick": [1.0, 1.0]}}
+    summed = {"method": worker.SUMMED, "samples": {"step": [1.1, 1.2], "yardstick": [1.0, 1.0]}}
+    worker.summarise([record, summed])
+    assert record["ratio"]["median"] == pytest.approx(1.2)
+    assert record["ratio_summed"]["low"] == pytest.approx(1.0)
+    assert record["ratio_summed"]["high"] == pytest.approx(1.2 / 1.1)
+    assert "ratio_unchunked" not in record

@@ -86,6 +86,7 @@ def test_prompts_of_a_task_and_of_a_file(tmp_path):
         ({"teacher_sees": "answer", "teacher_text": "{pi}"}, "with {prompt} and {pi}"),
         ({"teacher_text": "x"}, "without data.teacher_sees"),
         ({"teacher_sees": "think", "teacher_text": "x"}, "thoughts with {pi}"),
+        ({"teacher_sees": "think", "teacher_text": "{pi}{prompt}"}, "without {prompt}"),
         ({"teacher_sees": "masked", "mask_share": 1.5}, "from 0 to 1"),
     ],
 )

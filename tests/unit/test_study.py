@@ -80,6 +80,7 @@ def test_the_grid_and_the_real_model_are_asked_for(tmp_path):
     assert runner._questions([], False, None) == most
     assert runner._questions([4], True, None) == [4, 8]
     assert runner._questions([], False, tmp_path) == [*most, 9]
+    assert runner._questions([4], False, tmp_path) == [4, 9]
     assert runner.missing(tmp_path, 0, [9]) == ["system"]
     for only, model, said in (
         ([9], None, "--real-model"),
@@ -160,7 +161,7 @@ def test_the_report_of_what_is_there(tmp_path):
         noise = {name: {"noise": 2.0, "bias": 0.0} for name in ESTIMATORS}
         noise["vopd, top 5"]["noise"] = 1.0
         (figures / f"noise-{seed}.json").write_text(json.dumps(noise))
-        system = {"before": {"kl": 0.8}, "after": {"kl": 0.3}}
+        system = {"model": "small", "before": {"kl": 0.8}, "after": {"kl": 0.3}}
         (figures / f"system-{seed}.json").write_text(json.dumps(system))
     text = report.write(tmp_path, [0, 1, 2]).read_text()
     assert "| sg, k=2 | 0.600 +- 0.248 | 0.300 +- 0.248 | 0.050 +- 0.000 |" in text
@@ -170,5 +171,8 @@ def test_the_report_of_what_is_there(tmp_path):
     assert "0 tokens: 0.900, 1 tokens: 0.700, 2 tokens: 0.500" in text
     assert "| vopd, top 5 | 1.000 +- 0.000 |" in text and "| reproduced | noise pg: 2.00" in text
     assert "| reproduced | KL 0.800 -> 0.300 |" in text and "| 2 | after | 0.300 |" in text
+    assert "small. The student is asked" in text
+    with pytest.raises(UserError, match="is of small"):
+        runner._check_model(tmp_path, tmp_path / "other")
     page = (tmp_path / "study.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "<table>" in page

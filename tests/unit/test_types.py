@@ -96,6 +96,8 @@ def test_the_metrics_of_samples():
         Sample(prompt, (4, 4, end), (-1.0, -2.0, math.log(0.25)), "stop", 0),
         Sample(prompt, (5, 5, 5, 5), (-0.1,) * 4, "length", 0, reward=0.0),
     ]
+    injected = Sample(prompt, (3, end), (-1.0, 0.0), "stop", 0, loss_mask=(1, 0))
+    assert "eos_prob" not in sample_metrics([injected], [end])
     found = sample_metrics(made, [end])
     assert found["eos_prob"] == pytest.approx(0.375) and found["response_length"] == 3.0
     assert found["truncated"] == pytest.approx(1 / 3) and found["reward"] == 0.5

@@ -193,8 +193,8 @@ class Products:
 
     A chunk: student logits, teacher logits, hidden gradient, accumulation of the weight gradient.
     All results go into buffers that are made once; the "gradient" of the logits is the logits.
-    summed: each chunk's hidden gradient is summed over the ranks meanwhile, as every vocabulary
-    split must do.
+    summed: each chunk's hidden gradient is summed over the ranks meanwhile, as a vocabulary
+    split must do without sequence parallel.
     """
 
     def __init__(self, inputs: Inputs, chunked: bool, summed: bool = False) -> None:

@@ -39,7 +39,8 @@ LEGEND = """\
   with one of the products right before or after it, in random order; a round visits all methods in
   random order. Median over the pairs with its 95% bootstrap interval. With several ranks a barrier
   comes first, and the slowest rank counts; a third ratio is to products in the same chunks that
-  also sum the hidden gradient over the ranks, which no split of the vocabulary can do without.
+  also sum the hidden gradient over the ranks, as a split of the vocabulary must (under sequence
+  parallel by a reduce-scatter, half of it).
 - Peak: bytes that torch's CPU allocator hands out during forward and backward and has not got back,
   beyond the inputs. `outputs` are the part that is wanted: both gradients, the loss and the
   per-token vectors. `after forward` is what stays until backward. Temporaries inside operators

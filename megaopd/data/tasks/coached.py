@@ -19,8 +19,9 @@ from megaopd.data.config import DataConfig
 from megaopd.data.privileged import masked
 from megaopd.data.tasks.arithmetic import ArithmeticTask
 from megaopd.data.tasks.base import Example, Split
+from megaopd.data.tasks.keyed import TOLD
 
-FRONT = "{pi}?{prompt}"  # data.teacher_text, where something stands in front
+FRONT = TOLD  # data.teacher_text, where something stands in front
 THOUGHTS = "{pi}="
 BRIEF = "?{prompt}"
 MASKED: dict[str, Any] = {"teacher_sees": "masked", "mask_text": "-", "mask_unit": "character"}
