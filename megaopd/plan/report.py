@@ -158,7 +158,8 @@ def _print_seconds(console: Any, found: Found) -> None:
     text = ", ".join(f"{name} {value:.1f}" for name, value in parts)
     console.print(
         f"Estimate of a rollout's updates: {found.seconds.total:.1f} s ({text}); no overlap, "
-        f"products at {EFFICIENCY:.0%} of the peak, links at {LINK_EFFICIENCY:.0%}; sampling not included.",
+        f"products at {EFFICIENCY:.0%} of the peak, links at {LINK_EFFICIENCY:.0%}; sampling not "
+        "included.",
         highlight=False,
     )
 
