@@ -47,8 +47,8 @@ def write(root: Path, seeds: Sequence[int], *, seconds: float | None = None) -> 
         "tokens with the gradient stopped; with GRPO, 16 prompts of 8 samples. Question 7 starts "
         "from students that have learnt to read help. Figures are means over seeds, +- half of the "
         "95% t-interval of the mean. The rules of the verdicts stand in "
-        "megaopd/study/many_faces.py and were written before the runs. One family of tasks, small models: a verdict is about "
-        "these, not about the paper's.",
+        "megaopd/study/many_faces.py and were written before the runs. One family of tasks, small "
+        "models: a verdict is about these, not about the paper's.",
         "",
         *([f"{len(table)} cases, {len(seeds)} seeds, {seconds:.0f} s.", ""] if seconds else []),
         "## Findings",
