@@ -5,6 +5,7 @@ import pytest
 from tests.dist.families import CASES
 from tests.dist.layouts import EXPERT_LAYOUTS, LAYOUTS, SINGLE, Layout, differences, trajectory
 from tests.dist.test_layouts import chain
+from tests.often import often
 
 STEPS = 3
 FAMILIES = ["gemma2", "gemma3", "mistral, window", "deepseek_v3", "qwen3_moe"]
@@ -37,13 +38,16 @@ def check(ranks, paths, single, name, layout):
     assert loss <= 2e-6 and norm <= 1e-5 and size <= 1e-5, (loss, norm, size)
 
 
-@pytest.mark.parametrize("layout", ["packed", "cp2", "packed-cp2", "pp2-vpp2", "packed-cp2-pp2"])
+@pytest.mark.parametrize(
+    "layout",
+    often(["packed", "cp2", "packed-cp2", "pp2-vpp2", "packed-cp2-pp2"], ["packed-cp2-pp2"]),
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_features_of_attention_in_packed_and_split_rows(ranks, paths, reference, name, layout):
     check(ranks, paths, reference(name), name, LAYOUTS[layout])
 
 
-@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+@pytest.mark.parametrize("layout", often(EXPERT_LAYOUTS, ["ep2-tp2-sp", "packed-ep2-cp2-pp2"]))
 def test_experts_under_every_layout(ranks, paths, reference, layout):
     check(ranks, paths, reference(EXPERTS), EXPERTS, EXPERT_LAYOUTS[layout])
 

@@ -1,5 +1,7 @@
 """Adapters: one trajectory under every layout, a dense model's gradients, merged export, resume."""
 
+from itertools import product
+
 import pytest
 import torch
 import transformers
@@ -10,6 +12,7 @@ from tests.dist import lora_cases as cases
 from tests.dist.families import CASES
 from tests.dist.layouts import LAYOUTS, SINGLE, Layout, differences, samples
 from tests.dist.models import save_tiny, tokens
+from tests.often import often
 
 NAMES = [
     "tp2",
@@ -47,8 +50,10 @@ def reference(ranks, checkpoints):
     return get
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("family", ["qwen3", "qwen2"])
+OFTEN = [("qwen3", "tp2-pp2-sp-zero1"), ("qwen2", "packed-cp2-pp2")]
+
+
+@pytest.mark.parametrize(("family", "name"), often(product(["qwen3", "qwen2"], NAMES), OFTEN))
 def test_same_trajectory_under_every_layout(ranks, checkpoints, reference, name, family):
     layout = LAYOUTS[name]
     per_rank = ranks.run(cases.trajectory, layout.world, checkpoints[family], layout)
