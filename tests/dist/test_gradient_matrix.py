@@ -160,13 +160,13 @@ def bound(case):
 
 
 @pytest.mark.parametrize(
-    ("scale", "world"), often(product([1.0, 4.0], [1, 2, 4]), [(1.0, 1), (4.0, 2)])
+    ("scale", "world"), often(product([1.0, 4.0], [1, 2, 4]), [(4.0, 2)])
 )
 def test_gradient_matrix(ranks, world, scale):
     require(ranks.run(matrix_on_rank, world, scale, timeout=400), bound)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", often([1, 2], [1]))
 def test_gradient_matrix_in_bf16(ranks, world):
     """bf16 rounds the logits' gradient to 8 bits, and the hidden gradient once more."""
     results = ranks.run(matrix_on_rank, world, 1.0, torch.bfloat16, timeout=400)

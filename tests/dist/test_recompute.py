@@ -7,6 +7,7 @@ import pytest
 from tests.dist import lora_cases as cases
 from tests.dist.layouts import LAYOUTS, SINGLE, differences
 from tests.dist.models import save_tiny, tokens
+from tests.often import often
 from tools.bench.measure import LiveBytes
 
 NAMES = ("one", "pp2", "tp2-sp", "cp2", "pp2-vpp2")
@@ -33,7 +34,7 @@ def all_cases(paths, layout):
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", often(NAMES, ["one", "tp2-sp"]))
 def test_same_trajectory(ranks, checkpoints, name):
     layout = SINGLE if name == "one" else LAYOUTS[name]
     found = ranks.run(all_cases, layout.world, checkpoints, layout)[0]
