@@ -51,21 +51,8 @@ def write(root: Path, seeds: Sequence[int], *, seconds: float | None = None) -> 
         "models: a verdict is about these, not about the paper's.",
         "",
         *([f"{len(table)} cases, {len(seeds)} seeds, {seconds:.0f} s.", ""] if seconds else []),
-        "## Findings",
-        "",
-        "| the paper's finding | verdict | evidence |",
-        "|---|---|---|",
     ]
-    for finding in many_faces.FINDINGS:
-        lines.append(f"| {finding.says} | {finding.verdict(table)} | {finding.evidence(table)} |")
-    means = [fmean(column) for column in zip(*prefixes.values(), strict=True)]
-    evidence = ", ".join(f"{n} tokens: {m:.3f}" for n, m in enumerate(means)) or "no run"
-    verdict = many_faces.prefix_verdict(prefixes)
-    lines.append(f"| {many_faces.PREFIX_FINDING} | {verdict} | {evidence} |")
-    verdict, evidence = many_faces.noise_verdict(noise), _noise_evidence(noise)
-    lines.append(f"| {many_faces.NOISE_FINDING} | {verdict} | {evidence} |")
-    verdict, evidence = many_faces.system_verdict(system), _system_evidence(system)
-    lines.append(f"| {many_faces.SYSTEM_FINDING} | {verdict} | {evidence} |")
+    lines += _findings(table, prefixes, noise, system)
     lines += ["", "## Cases", ""]
     lines += [
         "Exact KL: to the teacher, over the whole vocabulary. Mass: of the student on its list."
@@ -96,6 +83,27 @@ def write(root: Path, seeds: Sequence[int], *, seconds: float | None = None) -> 
     path.write_text("\n".join(lines))
     _write_html(root, "\n".join(lines))
     return path
+
+
+def _findings(table: Any, prefixes: Any, noise: Any, system: Any) -> list[str]:
+    """A line of each, with its verdict and the means that it rests on."""
+    lines = [
+        "## Findings",
+        "",
+        "| the paper's finding | verdict | evidence |",
+        "|---|---|---|",
+    ]
+    for finding in many_faces.FINDINGS:
+        lines.append(f"| {finding.says} | {finding.verdict(table)} | {finding.evidence(table)} |")
+    means = [fmean(column) for column in zip(*prefixes.values(), strict=True)]
+    evidence = ", ".join(f"{n} tokens: {m:.3f}" for n, m in enumerate(means)) or "no run"
+    verdict = many_faces.prefix_verdict(prefixes)
+    lines.append(f"| {many_faces.PREFIX_FINDING} | {verdict} | {evidence} |")
+    verdict, evidence = many_faces.noise_verdict(noise), _noise_evidence(noise)
+    lines.append(f"| {many_faces.NOISE_FINDING} | {verdict} | {evidence} |")
+    verdict, evidence = many_faces.system_verdict(system), _system_evidence(system)
+    lines.append(f"| {many_faces.SYSTEM_FINDING} | {verdict} | {evidence} |")
+    return lines
 
 
 def _write_html(root: Path, text: str) -> None:
