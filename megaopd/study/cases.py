@@ -175,4 +175,5 @@ CASES: tuple[Case, ...] = (
     *_sights(),
 )
 GRID: tuple[Case, ...] = tuple(_block(GRID_LOSSES, 8))
+BY_NAME = {case.name: case for case in (*CASES, *GRID)}
 CENTRE_NAME = "sg, k=2"

@@ -59,14 +59,13 @@ def write(root: Path, seeds: Sequence[int], *, seconds: float | None = None) -> 
     ]
     lines += [""]
     for question, title in QUESTIONS.items():
-        rows = [c for c in (*cases.CASES, *cases.GRID) if c.question == question]
-        rows = [case for case in rows if case.name in table]
+        rows = [n for n, case in cases.BY_NAME.items() if case.question == question and n in table]
         below = _noise_table(noise) if question == 6 else []
         if not rows and not below:
             continue
         lines += [f"### {title}", "", "| case | accuracy | gain | exact KL | entropy | mass |"]
         lines += ["|---|---|---|---|---|---|"]
-        lines += [_row(case.name, list(table[case.name].values())) for case in rows]
+        lines += [_row(name, list(table[name].values())) for name in rows]
         lines.append("")
         lines += below
     lines += _system_table(system)
@@ -236,7 +235,7 @@ def _plot_mass(root: Path) -> None:
 
 
 def _plot_accuracy(root: Path, table: dict[str, dict[int, dict[str, float]]]) -> None:
-    names = [c.name for c in (*cases.CASES, *cases.GRID) if c.name in table][::-1]
+    names = [name for name in cases.BY_NAME if name in table][::-1]
     figure, axes = _axes(1, 7, 0.24 * max(len(names), 4) + 0.8)
     for place, name in enumerate(names):
         values = [r["accuracy"] for r in table[name].values()]

@@ -18,7 +18,7 @@ from megaopd.recipes import merged, places, shared
 from megaopd.report.metrics import read_metrics
 from megaopd.report.progress import progress
 from megaopd.study import report
-from megaopd.study.cases import CASES, GRID, KEYS, Case
+from megaopd.study.cases import BY_NAME, KEYS, Case
 from megaopd.study.stages import Stages, slug
 
 PREFIXES = (0, 1, 2)  # tokens of the student's
@@ -112,19 +112,18 @@ def _check_model(root: Path, real_model: Path | None) -> None:
 
 def missing(root: Path, seed: int, questions: Sequence[int]) -> list[str]:
     """Cases and extras that have no figures yet."""
-    names = [case.name for case in (*CASES, *GRID) if case.question in questions]
+    names = [name for name, case in BY_NAME.items() if case.question in questions]
     names += [name for name, (question, _, _) in EXTRAS.items() if question in questions]
     return [name for name in names if not Job(root, seed, name).figures().is_file()]
 
 
 def stages_of(jobs: Sequence[Job], seed: int) -> tuple[str, ...]:
     """What the jobs of a seed start from, in order of names."""
-    cases = {case.name: case for case in (*CASES, *GRID)}
     found: set[str] = set()
     for job in jobs:
         if job.seed == seed:
-            if job.name in cases:
-                found |= set(places(merged(shared("tiny"), cases[job.name].values)))
+            if job.name in BY_NAME:
+                found |= set(places(merged(shared("tiny"), BY_NAME[job.name].values)))
             else:
                 found |= set(EXTRAS[job.name][1])
     return tuple(sorted(found))
@@ -170,8 +169,7 @@ def _run_job(job: Job) -> list[str]:
             if job.name in EXTRAS:
                 out.write_text(json.dumps(EXTRAS[job.name][2](stages, job)))
             else:
-                case = next(case for case in (*CASES, *GRID) if case.name == job.name)
-                _run_case(stages, job, case)
+                _run_case(stages, job, BY_NAME[job.name])
     except Exception as error:  # one case's fault is a line of the report
         return [_told(job, error)]
     finally:

@@ -7,8 +7,6 @@ chunks of 16. Each `*_on_rank` function goes through its cases on every rank of 
 
 import itertools
 
-from itertools import product
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -160,7 +158,7 @@ def bound(case):
 
 
 @pytest.mark.parametrize(
-    ("scale", "world"), often(product([1.0, 4.0], [1, 2, 4]), [(4.0, 2)])
+    ("scale", "world"), often(itertools.product([1.0, 4.0], [1, 2, 4]), [(4.0, 2)])
 )
 def test_gradient_matrix(ranks, world, scale):
     require(ranks.run(matrix_on_rank, world, scale, timeout=400), bound)
@@ -174,7 +172,9 @@ def test_gradient_matrix_in_bf16(ranks, world):
 
 
 def test_the_matrix_is_what_the_validator_accepts():
-    listed = {(k, s): {v or "none" for v in names} for k, r in MATRIX.items() for s, names in r.items()}
+    listed = {
+        (k, s): {v or "none" for v in names} for k, r in MATRIX.items() for s, names in r.items()
+    }
     assert listed == {key: set(names) for key, names in VALID.items()}
 
 

@@ -7,8 +7,6 @@ that are absent, doubled or outside the vocabulary, and rows that the teacher di
 
 import itertools
 
-from itertools import product
-
 import pytest
 import torch
 
@@ -87,7 +85,7 @@ def matrix_on_rank(scale, dtype):
 
 @pytest.mark.parametrize(
     ("dtype", "world"),
-    often(product([torch.float64, torch.float32], [1, 2, 4]), [(torch.float64, 2)]),
+    often(itertools.product([torch.float64, torch.float32], [1, 2, 4]), [(torch.float64, 2)]),
     ids=str,
 )
 def test_gradients_equal_the_dense_reference(ranks, world, dtype):

@@ -5,7 +5,6 @@ The trajectory of every arrangement equals that of one rank which holds both mod
 """
 
 import dataclasses
-
 from itertools import product
 
 import pytest
@@ -156,9 +155,7 @@ SOME_REGROUPED = [
 SOME_SEPARATE = [("student tp2-sp, teacher pp2", True), ("student pp2, teacher dp2", False)]
 
 
-@pytest.mark.parametrize(
-    ("name", "tied"), often(product(REGROUPED, [False, True]), SOME_REGROUPED)
-)
+@pytest.mark.parametrize(("name", "tied"), often(product(REGROUPED, [False, True]), SOME_REGROUPED))
 def test_another_layout_on_the_same_ranks(ranks, checkpoints, reference, name, tied):
     world, student, teacher = REGROUPED[name]
     per_rank = ranks.run(same_ranks, world, checkpoints[tied], student, teacher)

@@ -8,6 +8,7 @@ import torch
 from megaopd.rollout.config import ServerConfig
 from megaopd.rollout.loop import LoopThread
 from tests.dist.models import save_tiny, tiny
+from tests.often import often
 
 pytest.importorskip("sglang", reason="SGLang is not installed: want=sglang bash launch/env.sh")
 
@@ -17,7 +18,7 @@ from megaopd.rollout.verify import score
 
 METHODS = ("tensor", "broadcast", "disk")
 # For what costs a server's start a method: one of them is in every run of the tests.
-OFTEN = ("tensor", *(pytest.param(method, marks=pytest.mark.slow) for method in METHODS[1:]))
+OFTEN = often(METHODS, METHODS[:1])
 TEXT = (5, 9, 3, 7, 7, 50, 20, 30, 40, 1, 2)
 SMALL = 0.1  # MB a bucket: the tiny model then takes nine
 NOISE = 2e-5  # of log-probs in float32
