@@ -7,9 +7,12 @@ communication between those passes, and the algebra on a few numbers a token:
     0  one all-gather      only with a top-k list: its ids and both models' logits; the listed
                            tokens are then taken out of the logits, so that what is left is the tail
                            (remote.py: a list from a teacher elsewhere; one SUM instead)
-    1  one packed MAX      the offsets of both laws
-       one packed SUM      z_s, z_t and the moments that the terms and statistics ask for
+    1  one all-gather      each shard's own offsets (its largest logits), and relative to them z_s,
+                           z_t and the moments that the terms and statistics ask for; every rank
+                           brings them to common offsets and adds them up, in the order of ranks
     2  one packed SUM      only for mixtures and general f: the values and sum of G
+
+A MAX followed by a SUM would say the same in two collectives, each a wait for the slowest rank.
 
 With everything relative to the offsets m, and d_s = sum e^(s-m_s) (s-t), d_t likewise:
 
@@ -17,7 +20,7 @@ With everything relative to the offsets m, and d_s = sum e^(s-m_s) (s-t), d_t li
     fkl = d_t/z_t + (m_s - m_t) + log(z_s/z_t)      log p(y) = s[y] - m_s - log z_s
 
 s - t is never split into two logarithms, which keeps the digits of a small divergence. 4 bytes a
-token and scalar in fp32: rkl costs MAX 2 + SUM 3, 20 B. The gradient needs no communication.
+token and scalar in fp32: rkl gathers 2 + 3, 20 B a rank. The gradient needs no communication.
 
 Shapes: C rows, Vp local ids (padding already sliced off), K entries of the list.
 """
@@ -36,7 +39,7 @@ from megaopd.losses.native import NativeBlocks, make_blocks
 from megaopd.losses.plan import Plan
 from megaopd.losses.remote import Given
 from megaopd.losses.topk import MASKED, Head, contains, global_lists, take_out_
-from megaopd.losses.vocab_parallel import all_reduce_max_, all_reduce_sum_
+from megaopd.losses.vocab_parallel import all_gather_packed, all_reduce_sum_
 
 Moments = dict[str, Tensor]  # name -> [C]
 
@@ -131,7 +134,7 @@ def run_chunk(
 
 
 def _local_labels(plan: Plan, s: Tensor, t: Tensor | None, ids: Tensor | None) -> Labels | None:
-    """The labels' logits where this rank owns them, 0 elsewhere: the packed SUM completes them."""
+    """The labels' logits where this rank owns them, 0 elsewhere: round 1 completes them."""
     if ids is None or not plan.uses_labels:
         return None
     owned, column = plan.shard.owned(ids)
@@ -176,7 +179,7 @@ def _label_first(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The list with the label in front, and without it or else without the last entry behind.
 
-    The label's logits (column 0) are filled in later, from the packed SUM.
+    The label's logits (column 0) are filled in later, from round 1.
     """
     hit = ids == labels[:, None]
     drop = torch.where(hit.any(1), hit.to(torch.int8).argmax(1), ids.shape[1] - 1)
@@ -197,19 +200,22 @@ def _moments(
         zero = torch.zeros_like(head.s[:, 0])
         return Norm(head.s.amax(1), zero, head.t.amax(1), zero), {}, {}
     local = blocks.moments(names)
-    group = plan.shard.group
-    m = all_reduce_max_(blocks.offsets.clone(), group)
-    _rescale_(local, names, blocks.offsets - m)
-    ends = [] if labels is None else [labels.s, labels.t][: blocks.offsets.shape[0]]
-    packed = all_reduce_sum_(torch.cat([local, torch.stack(ends)]) if ends else local, group)
+    laws = blocks.offsets.shape[0]
+    ends = [] if labels is None else [labels.s, labels.t][:laws]
+    packed = torch.cat([blocks.offsets, local, *(y[None] for y in ends)])
+    offsets, by_rank = all_gather_packed(packed, plan.shard.group).tensor_split([laws], 1)
+    m = offsets.amax(0)
+    for sums, shift in zip(by_rank, offsets - m, strict=True):
+        _rescale_(sums, names, shift)
+    sums = by_rank.sum(0)
     if labels is not None:
-        labels.s, labels.t = packed[len(names)], packed[-1]
-    tail = dict(zip(names, packed, strict=False))
+        labels.s, labels.t = sums[len(names)], sums[-1]
+    tail = dict(zip(names, sums, strict=False))
     moments = tail
     if head is not None:
-        moments, tail, m = _with_head(plan, head, labels, packed[: len(names)], m)
-    laws = [_split(m[i], moments[z]) for i, z in enumerate(("z_s", "z_t")) if z in moments]
-    return Norm(*laws[0], *laws[-1]), moments, tail
+        moments, tail, m = _with_head(plan, head, labels, sums[: len(names)], m)
+    norms = [_split(m[i], moments[z]) for i, z in enumerate(("z_s", "z_t")) if z in moments]
+    return Norm(*norms[0], *norms[-1]), moments, tail
 
 
 def _split(m: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,9 +53,9 @@ def vocab_parallel_divergence(
     overlap and teacher_rank (all at the temperature). A label outside the vocabulary gives an
     arbitrary finite log-prob: give it weight 0.
 
-    Collectives per chunk of rows: one MAX and one SUM (rkl: 20 B/token in fp32); general f: one
-    SUM of two scalars more; a list: one all-gather, 12 k bytes a rank and token (24 k for
-    intersection and with return_stats, which look at both lists). None in backward.
+    Collectives per chunk of rows: one all-gather of scalars (rkl: 20 B a token and rank in fp32);
+    general f: one SUM of two scalars more; a list: one all-gather more, 12 k bytes a token and rank
+    (24 k for intersection and with return_stats, which look at both lists). None in backward.
     Raises UserError for a combination that does not exist.
     """
     term, stats_k = divergence_term(
@@ -88,7 +88,7 @@ def vocab_parallel_log_prob(
 
     d/dz = (e_id - p) / tau, with e_id on the rank that owns the id. Differentiable in the logits:
     sampled_loss takes it from here.
-    Collectives: one MAX and one SUM per chunk (12 B/token in fp32), none in backward.
+    Collectives: one all-gather per chunk (12 B a token and rank in fp32), none in backward.
     """
     term = CrossEntropy(temperature=temperature)
     return -_apply(term, logits_TVp, None, None, ids_T, group, vocab_size, None, False, None)[0]

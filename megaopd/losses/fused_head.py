@@ -216,8 +216,8 @@ def fused_linear_cross_entropy(
 
     A label outside the vocabulary (an ignore index) gives an arbitrary finite per-token value: its
     weight must be 0. No temperature^2. return_stats adds student_log_prob and student_entropy.
-    Collectives per chunk: one MAX and one SUM (12 B/token in fp32; 16 with statistics); hidden
-    states as in fused_linear_objectives.
+    Collectives per chunk: one all-gather (12 B a token and rank in fp32; 16 with statistics);
+    hidden states as in fused_linear_objectives.
     """
     return fused_linear_objectives(
         hidden_TH,
@@ -251,7 +251,7 @@ def fused_linear_log_prob(
 ) -> Tensor:
     """log p(id_t) of each token, [T], without gradient, for scoring; the same on every rank.
 
-    Collectives per chunk: one MAX and one SUM (12 B/token in fp32).
+    Collectives per chunk: one all-gather (12 B a token and rank in fp32).
     """
     with torch.no_grad():
         scored = fused_linear_cross_entropy(

@@ -1,7 +1,7 @@
 """The law that the student is pulled to, written into the teacher's logits (terms.Target).
 
 A geometric mixture of softmaxes is the softmax of mixed logits, so it costs one pass and no
-communication. A linear one needs both normalisers first: one packed MAX and one packed SUM more.
+communication. A linear one needs both normalisers first: one all-gather of scalars more.
 What comes out are logits of the target; every divergence then treats them as the teacher's.
 
 Shapes: C rows, Vp local ids (padding already sliced off).
@@ -15,7 +15,7 @@ from torch import Tensor
 from megaopd.losses.blocks import Blocks
 from megaopd.losses.kernels import native
 from megaopd.losses.terms import Target
-from megaopd.losses.vocab_parallel import Shard, all_reduce_max_, all_reduce_sum_
+from megaopd.losses.vocab_parallel import Shard, all_gather_packed
 
 
 def apply_target_(
@@ -52,17 +52,18 @@ def _add_one_hot_(log_t: Tensor, labels: Tensor, weight: float, shard: Shard) ->
 
 
 def _logsumexp(logits: list[Tensor], shard: Shard) -> list[Tensor]:
-    """logsumexp over the whole vocabulary of each: one MAX and one SUM for all of them."""
+    """logsumexp over the whole vocabulary of each: one all-gather for all of them."""
     local = []
     for x in logits:
         ops = native(x) if x.shape[1] else None
         if ops is not None:
             offset, z = ops.local_moments(x, None, ("z_s",))
-            local.append((z[0], offset[0]))
+            local += [offset[0], z[0]]
         else:
             blocks = Blocks(x, None, "none")
-            local.append((blocks.moments(("z_s",))[0], blocks.offsets[0]))
-    offsets = torch.stack([offset for _, offset in local])
-    m = all_reduce_max_(offsets.clone(), shard.group)
-    sums = torch.stack([z for z, _ in local]) * (offsets - m).exp()
-    return list(m + all_reduce_sum_(sums, shard.group).log())
+            z = blocks.moments(("z_s",))
+            local += [blocks.offsets[0], z[0]]
+    by_rank = all_gather_packed(torch.stack(local), shard.group)
+    offsets, z = by_rank[:, ::2], by_rank[:, 1::2]
+    m = offsets.amax(0)
+    return list(m + (z * (offsets - m).exp()).sum(0).log())

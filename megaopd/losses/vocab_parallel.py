@@ -86,6 +86,16 @@ def all_reduce_sum_(packed_nC: Tensor, group: Group) -> Tensor:
     return packed_nC
 
 
+def all_gather_packed(packed_nC: Tensor, group: Group) -> Tensor:
+    """[n, C] on each rank -> [R, n, C] on every rank: one collective, whatever n is."""
+    size = group_size(group)
+    if size == 1:
+        return packed_nC[None]
+    full = packed_nC.new_empty(size * packed_nC.shape[0], packed_nC.shape[1])
+    dist.all_gather_into_tensor(full, packed_nC.contiguous(), group=group)
+    return full.view(size, *packed_nC.shape)
+
+
 def all_gather_last(local_CnK: Tensor, group: Group) -> Tensor:
     """[C, n, K] on each rank -> [C, n, R*K], rank-major, on every rank."""
     size = group_size(group)

@@ -14,7 +14,7 @@ from megaopd.plan.job import Job, Side
 from megaopd.plan.layer import Sizes
 from megaopd.plan.memory import stage_weights
 
-# losses/chunk.py: one MAX of 2 and one SUM of 3 numbers a row for rkl; others cost a few more.
+# losses/chunk.py: one all-gather of 5 numbers a row for rkl; others cost a few more.
 SCALAR_BYTES = 20
 
 
@@ -146,8 +146,8 @@ def _loss(job: Job, passes: int) -> Iterator[Traffic]:
     local = job.local_rows(side)
     rows = local * side.ranks_of_sequence
     chunks = -(-rows // chunk_rows(job)) * passes
-    sent = 2 * _ring(side.tensor) * rows * SCALAR_BYTES * passes
-    yield Traffic("loss scalars", side.tensor, sent, 2 * chunks)
+    sent = (side.tensor - 1) * rows * SCALAR_BYTES * passes
+    yield Traffic("loss scalars", side.tensor, sent, chunks)
     sent = 2 * _ring(side.tensor) * rows * side.arch.hidden * side.itemsize * passes
     if side.layout.sequence and job.teacher:
         teacher = job.teacher.arch.hidden * job.teacher.itemsize

@@ -16,23 +16,23 @@ CONFIGS: dict[str, Any] = {
 
 def tiny(family: str, *, tied: bool, seed: int = 7, **changes: Any) -> Any:
     """A random fp32 model whose norms and biases are not at their trivial initial values."""
-    shape = dict(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=64,
-        rms_norm_eps=1e-6,
-        rope_theta=10000.0,
-        initializer_range=0.2,
-        tie_word_embeddings=tied,
-        eos_token_id=VOCAB - 1,
-        pad_token_id=0,
-        bos_token_id=None,
-        dtype="float32",
-    )
+    shape = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": tied,
+        "eos_token_id": VOCAB - 1,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "dtype": "float32",
+    }
     if family == "qwen3":
         shape["head_dim"] = 16
     torch.manual_seed(seed)
@@ -53,6 +53,4 @@ def save_tiny(root: Path, family: str, *, tied: bool, **changes: Any) -> Path:
 
 def tokens(batch: int = 2, length: int = 16, seed: int = 1) -> torch.Tensor:
     """[B, S] token ids."""
-    return torch.randint(
-        0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed)
-    )
+    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))

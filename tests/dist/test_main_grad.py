@@ -6,10 +6,28 @@ import pytest
 import torch
 
 from megaopd.errors import UserError
-from megaopd.losses import CrossEntropy, Divergence, Objective, OutputLayer, loss_weights
-from megaopd.losses import fused_linear_divergence, fused_linear_objectives, reference
-from tests.dist.test_gradient_matrix import CHUNK, PADDED, T, V, close, group, laws, local_rows
-from tests.dist.test_gradient_matrix import require, shard
+from megaopd.losses import (
+    CrossEntropy,
+    Divergence,
+    Objective,
+    OutputLayer,
+    fused_linear_divergence,
+    fused_linear_objectives,
+    loss_weights,
+    reference,
+)
+from tests.dist.test_gradient_matrix import (
+    CHUNK,
+    PADDED,
+    T,
+    V,
+    close,
+    group,
+    laws,
+    local_rows,
+    require,
+    shard,
+)
 
 H = 24
 

@@ -73,7 +73,7 @@ def compare(paths, tensor, pipeline, sequence):
         state = reference.state_dict()
         if arch.tied:
             state.pop("lm_head.weight")
-        streamed = dict((n, t.clone()) for n, t in WeightStream(model, arch, grid))
+        streamed = {n: t.clone() for n, t in WeightStream(model, arch, grid)}
         assert streamed.keys() == state.keys()
         changed = [n for n, t in streamed.items() if not torch.equal(t, state[n])]
         results.append((difference, changed))

@@ -1,4 +1,4 @@
-"""Turn-taking: what the trainer puts away comes back, and the trajectory is the same bit for bit."""
+"""Turn-taking: what the trainer puts away comes back, and the trajectory is the same bitwise."""
 
 import pytest
 
@@ -69,6 +69,6 @@ def test_taking_turns_changes_nothing(ranks, checkpoints, layout, dtype):
     have = ranks.run(run, 2, checkpoints, layout, dtype, True)
     for (curve, _, _), (again, away, size) in zip(want, have, strict=True):
         assert curve == again
-        # Gradients and the teacher are away from the first turn on; Adam's two moments of four bytes
-        # a parameter (or this rank's share of them) once there are any.
+        # Gradients and the teacher are away from the first turn on; Adam's two moments of four
+        # bytes a parameter (or this rank's share of them) once there are any.
         assert away[0] >= size and away[2] > away[0] and away[1] >= size

@@ -1,4 +1,4 @@
-"""What sharding itself can get wrong: ties in top-k across shards, shards of very different size."""
+"""What sharding itself can get wrong: ties in top-k across shards, shards of unequal size."""
 
 import itertools
 
@@ -56,13 +56,17 @@ def far_shards_on_rank():
             want = reference.cross_entropy(full, labels, 1.0, V)
             got = -vocab_parallel_log_prob(mine, labels, group=group(), vocab_size=V)
         else:
-            case = options(*(("rkl", "student_topk", "tail") if kind == "tail" else (kind, "full", None)), 1.0)
+            case = options(
+                *(("rkl", "student_topk", "tail") if kind == "tail" else (kind, "full", None)), 1.0
+            )
             want = reference.divergence(full, teacher.double(), vocab_size=V, **case)
             got = vocab_parallel_divergence(
                 mine, shard(teacher), group=group(), vocab_size=V, chunk_size=CHUNK, **case
             )
         want.sum().backward(), got.sum().backward()
-        errors[kind, shift] = max(error(got.detach(), want.detach()), error(mine.grad, shard(full.grad)))
+        errors[kind, shift] = max(
+            error(got.detach(), want.detach()), error(mine.grad, shard(full.grad))
+        )
     return errors
 
 

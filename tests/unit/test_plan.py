@@ -189,7 +189,7 @@ def test_tensor_parallel_traffic_is_the_textbook_volume():
     numbers = stage_weights(one.student, 0, vocab_rows=one.vocab_rows).all
     assert sent["gradients and weights"] == 1 / 2 * numbers * (4 + 2)
     rows = one.micro_batches * one.rows
-    assert sent["loss scalars"] == 2 * 3 / 4 * 20 * rows
+    assert sent["loss scalars"] == 3 * 20 * rows  # an all-gather
 
 
 def test_misfits_say_what_does_not_divide():
