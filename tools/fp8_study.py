@@ -173,11 +173,9 @@ class Study:
         """Of every parameter, fp32; the optimizer takes no step. Without a teacher: that of sft."""
         from megaopd.objectives.spec import ObjectiveConfig
 
-        hidden = teacher.hidden_states(batches) if teacher else None
         plain = ObjectiveConfig(loss="sft", chunk_size=256)
         student.objective = self.objective if teacher else plain
-        student.ddp.zero_grad_buffer()
-        student._pass(batches, teacher, hidden, forward_only=False)
+        student.accumulate(batches, teacher)
         student.objective = self.objective
         return {name: p.main_grad.clone() for name, p in student.model.named_parameters()}
 

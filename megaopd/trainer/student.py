@@ -195,6 +195,17 @@ class Student:
         assert done, "the optimizer skipped a step without loss scaling"
         return {**metrics, "grad_norm": float(grad_norm), "lr": float(lr)}
 
+    def accumulate(
+        self, micro_batches: Sequence[MicroBatch], teacher: BaseTeacher | None = None
+    ) -> dict[str, float]:
+        """The objective's gradients into emptied buffers (main_grad), and its metrics; no step.
+
+        No importance weights, and nothing that needs a pass of its own before.
+        """
+        for ddp in self.wrapped:
+            ddp.zero_grad_buffer()
+        return self._pass(micro_batches, _law(teacher, micro_batches), None, forward_only=False)
+
     def log_probs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
         """Of token_ids[1:], each given what stands before it, at temperature 1; a collective."""
         return sequence_log_probs(

@@ -106,13 +106,11 @@ def gradients(paths, layout):
     import torch.distributed as dist
 
     from megaopd.models.lora import adapters
-    from megaopd.trainer.student import _law
 
     student, teacher, grid = make_student(paths, layout, clip_grad=0.0)
     fill_b(student)
     micro_batches = batch(0, grid, SINGLE, student)
-    student.ddp.zero_grad_buffer()
-    student._pass(micro_batches, _law(teacher, micro_batches), None, forward_only=False)
+    student.accumulate(micro_batches, teacher)
     found = {}
     for index, adapter in enumerate(adapters(student.model)):
         layer = index // 4 + grid.pp_rank * 2
