@@ -6,12 +6,15 @@ python tools/check_plan.py NAME...    some cases, printed only
 
 import dataclasses
 import json
+import os
+import socket
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 LIMIT = 0.1  # of the peak
+BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -64,6 +67,19 @@ HELD_OUT = (
     Case("tp2 x pp2", P(tensor=2, pipeline=2), world=4, layers=8, sequence=384, response=256),
     Case("tp2 sp x pp2 full", P(tensor=2, pipeline=2, sequence=True), world=4, layers=8,
          recompute="full", sequence=768, response=512, vocab=4096, micro_batch=2, samples=8),
+    Case("tp2, teacher pp2", P(tensor=2), world=2, teacher_layout=P(pipeline=2), layers=6,
+         sequence=384, response=256),
+    Case("dp2, teacher tp2 sp", P(), world=2, teacher_layout=P(tensor=2, sequence=True),
+         teacher_hidden=512, sequence=512, response=384, dtype="bfloat16"),
+    Case("tp2 sp x pp2, teacher dp4", P(tensor=2, pipeline=2, sequence=True), world=4,
+         teacher_layout=P(), layers=8, vocab=4096, sequence=384, response=256, samples=8),
+    Case("tp2, teacher on one rank", P(tensor=2), world=3, teacher_layout=P(), teacher_ranks=1,
+         teacher_hidden=512, sequence=384, response=256),
+    Case("dp2, teacher on tp2 sp", P(), world=4, teacher_layout=P(tensor=2, sequence=True),
+         teacher_ranks=2, teacher_hidden=512, layers=6, micro_batch=2, samples=8, dtype="bfloat16",
+         sequence=512, response=384),
+    Case("tp2 sp, teacher on pp2", P(tensor=2, sequence=True), world=4, vocab=4096,
+         teacher_layout=P(pipeline=2), teacher_ranks=2, sequence=640, response=384, samples=6),
     Case("experts, bf16", P(), family="Qwen3Moe", experts=16, top_k=4, expert_ffn=128, layers=3,
          dtype="bfloat16", sequence=320, response=256, micro_batch=2, vocab=4096),
     Case("experts ep2, full", P(expert=2), world=2, family="Qwen3Moe", experts=8, layers=6,
@@ -82,8 +98,12 @@ def main(names: list[str]) -> int:
     """Exit code 1 where a prediction is off by more than 10%."""
     chosen = [c for c in (*SEEN, *HELD_OUT) if c.name in names] if names else list(HELD_OUT)
     records = []
-    for world in sorted({case.world for case in chosen}):
-        found = run([case for case in chosen if case.world == world], world)
+    # Worlds that split are started for one case alone.
+    together = {(case.world, case.name if case.teacher_ranks else ""): [] for case in chosen}
+    for case in chosen:
+        together[case.world, case.name if case.teacher_ranks else ""].append(case)
+    for (world, _), cases in sorted(together.items()):
+        found = run(cases, world)
         for one in found:
             print(_line(one), flush=True)
         _write([one for one in found if one["case"] in {case.name for case in HELD_OUT}])
@@ -93,7 +113,8 @@ def main(names: list[str]) -> int:
 
 def _line(one: dict[str, Any]) -> str:
     measured, predicted = one["measured"], one["predicted"]
-    cells = [one["case"], f"{one['rank']} (stage {one['stage']})"]
+    place = "teacher" if one["own"] else "stage"
+    cells = [one["case"], f"{one['rank']} ({place} {one['stage']})"]
     for part in ("resident", "peak"):
         cells += [f"{x[part] / 1e6:.2f}" for x in (measured, predicted)]
     return "| " + " | ".join([*cells, f"{one['error']:+.1%}", predicted["worst"]]) + " |"
@@ -116,19 +137,61 @@ def _write(records: list[dict[str, Any]]) -> None:
         "records": records,
     }
     path.write_text(json.dumps(document, indent=1) + "\n")
+    page = ROOT / "docs/planner.md"
+    before, rest = page.read_text().split(f"{BEGIN}\n")
+    page.write_text(f"{before}{BEGIN}\n{_table(records)}\n{END}\n{rest.split(f'{END}\n')[1]}")
+
+
+def _table(records: list[dict[str, Any]]) -> str:
+    """A line a case and kind of rank: its fullest rank, and the worst prediction of any."""
+    kinds: dict[tuple[str, bool], list[dict[str, Any]]] = {}
+    for one in records:
+        kinds.setdefault((one["case"], one["own"]), []).append(one)
+    lines = [
+        "| case | model | stays, measured | predicted | peak, measured | predicted | error "
+        "| worst rank |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (name, own), of_case in kinds.items():
+        full = max(of_case, key=lambda one: one["measured"]["peak"])
+        numbers = [
+            f"{x[part] / 1e6:.1f}"
+            for part in ("resident", "peak")
+            for x in (full["measured"], full["predicted"])
+        ]
+        worst = max((one["error"] for one in of_case), key=abs)
+        what = "its teacher's ranks" if own else _described(full["settings"])
+        cells = [name, what, *numbers, f"{full['error']:+.1%}", f"{worst:+.1%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _described(case: dict[str, Any]) -> str:
+    kind = {"float32": "fp32", "bfloat16": "bf16"}[case["dtype"]]
+    experts = ""
+    if case["experts"]:
+        experts = f"{case['experts']} experts of {case['expert_ffn']}, {case['top_k']} a token, "
+    return (
+        f"{case['family']}, H {case['hidden']}, {case['layers']} layers, {experts}"
+        f"V {case['vocab']}, {case['micro_batch']} x {case['sequence']} tokens, {kind}, "
+        f"recompute {case['recompute']}"
+    )
 
 
 def run(cases: list[Case], world: int) -> list[dict[str, Any]]:
     """Prediction and measurement of every rank of these cases, on the same processes."""
     import torch
 
-    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
-        torch.multiprocessing.spawn(_rank, (cases, world, folder), nprocs=world)
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        torch.multiprocessing.spawn(_rank, (cases, world, folder, port), nprocs=world)
         found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world)]
         return [one for of_case in zip(*found, strict=True) for one in of_case]
 
 
-def _rank(rank: int, cases: list[Case], world: int, folder: str) -> None:
+def _rank(rank: int, cases: list[Case], world: int, folder: str, port: int) -> None:
     import torch
     import torch.distributed as dist
 
@@ -136,9 +199,10 @@ def _rank(rank: int, cases: list[Case], world: int, folder: str) -> None:
     from megaopd import platform
 
     platform.install()
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
-    )
+    place = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    if not cases[0].teacher_ranks:
+        dist.init_process_group("gloo")
     found = [
         {"case": case.name, **compare(case), "settings": dataclasses.asdict(case)} for case in cases
     ]

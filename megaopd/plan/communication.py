@@ -50,7 +50,7 @@ def step_traffic(job: Job) -> list[Traffic]:
     if job.teacher:
         side = job.teacher
         # With fewer data-parallel ranks than the student's, each takes more micro-batches.
-        own = math.ceil(passes * job.student.data(job.world) / side.data(job.world))
+        own = math.ceil(passes * job.student.data(job.world) / side.data(job.teacher_ranks))
         found += [
             *_tensor("teacher", job, side, own, 0),
             *_embedding("teacher", job, side, own, 0),
@@ -158,7 +158,7 @@ def _loss(job: Job, passes: int) -> Iterator[Traffic]:
 def _handover(job: Job, passes: int) -> Iterator[Traffic]:
     """Hidden states between two layouts; nothing where teacher and student share one."""
     assert job.teacher is not None
-    if job.teacher.layout != job.student.layout:
+    if job.regrouped:
         rows = job.local_rows(job.student) * job.student.ranks_of_sequence * passes
         sent = rows * job.teacher.arch.hidden * job.teacher.itemsize
         yield Traffic("teacher hidden states", 2, sent, passes, job.world // 2)

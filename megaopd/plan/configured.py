@@ -14,23 +14,31 @@ from megaopd.schema import Config
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 
-def job_of(config: Config, world: int, *, teacher_layout: str = "") -> Job:
-    """The step that `config` describes on `world` ranks, at its longest sequences.
+def job_of(config: Config, gpus: int, *, teacher_layout: str = "") -> Job:
+    """The step that `config` describes on `gpus` ranks, the teacher's own among them, at its
+    longest sequences.
 
     Args:
         teacher_layout: "tensor=8,sequence=true"; empty: [teacher_parallel] of a regrouped
-            teacher, else the student's.
+            or separate teacher, else the student's.
 
     Raises:
         UserError: a model that is not known, a layout that does not divide.
     """
     sequence, rows = sequence_of(config)
     law = config.objective
+    apart = config.teacher_parallel.ranks if config.teacher.placement == "separate" else 0
+    if apart >= gpus:
+        raise UserError(
+            f"{gpus} GPUs, {apart} of them the teacher's own",
+            expected="some for the student",
+            fix="raise --gpus or lower teacher_parallel.ranks",
+        )
     tempered = law.temperature != 1.0 and (law.sft_coef or law.is_sampled)
     return Job(
         student=_side(config.student, config.parallel),
         teacher=_teacher(config, teacher_layout),
-        world=world,
+        world=gpus - apart,
         samples=config.rollout.samples_per_step,
         sequence=sequence,
         rows=rows,
@@ -43,6 +51,8 @@ def job_of(config: Config, world: int, *, teacher_layout: str = "") -> Job:
         epochs=config.trainer.epochs,
         rollout=_rollout(config),
         rollout_batch=config.rollout.batch_size,
+        teacher_world=apart,
+        window=config.teacher.window,
     )
 
 
@@ -68,17 +78,9 @@ def _side(model: Any, layout: ParallelConfig) -> Side:
 def _teacher(config: Config, layout: str) -> Side | None:
     if not config.teacher.path:
         return None
-    if config.teacher.placement == "separate":
-        raise UserError(
-            "teacher.placement = separate",
-            expected="a teacher on the student's ranks or on servers: a plan is of one kind of "
-            "rank",
-            fix="plan with teacher.placement=same teacher_parallel.ranks=0 and the teacher's own "
-            "layout in --teacher-layout, for the memory of each model in turn",
-        )
     if layout:
         return _side(config.teacher, parse_layout(layout))
-    if config.teacher.placement == "regrouped":
+    if config.teacher.placement in ("regrouped", "separate"):
         own = asdict(config.teacher_parallel)
         del own["ranks"]
         return _side(config.teacher, ParallelConfig(**own))

@@ -69,9 +69,14 @@ def head_bytes(job: Job) -> Head:
 
 
 def waiting_hidden(job: Job) -> float:
-    """The teacher's hidden states of a whole step, on a rank of the last stage."""
+    """The teacher's hidden states on a rank of the last stage: of a whole step; from ranks of its
+    own, of the micro-batches under way and the one at hand."""
     if job.teacher is None:
         return 0.0
     teacher: Side = job.teacher
-    per_row = teacher.arch.hidden * teacher.itemsize
-    return job.micro_batches * job.local_rows(job.student) * per_row
+    micro = job.local_rows(job.student) * teacher.arch.hidden * teacher.itemsize
+    if not job.teacher_world:
+        return job.micro_batches * micro
+    # Without sequence parallel a tensor rank receives its part, and puts together that at hand.
+    part = micro if job.student.layout.sequence else micro / job.student.tensor
+    return micro + min(job.window, job.micro_batches - 1) * part

@@ -63,8 +63,8 @@ class Job:
     """One optimizer step on `world` ranks."""
 
     student: Side
-    teacher: Side | None  # on the same ranks; None: none, or one on servers
-    world: int
+    teacher: Side | None  # None: none, or one on servers
+    world: int  # the student's ranks
     samples: int  # sequences of a step
     sequence: int  # tokens of a sequence, padded
     rows: int  # of them, those that the loss looks at: the response
@@ -78,6 +78,19 @@ class Job:
     # Where responses are sampled: inside the ranks, on servers of the same GPUs, or on others.
     rollout: Literal["none", "embedded", "colocated", "separate"] = "none"
     rollout_batch: int = 0  # sequences in the embedded engine's key/value cache
+    teacher_world: int = 0  # ranks of the teacher's own; 0: it is on the student's
+    window: int = 2  # micro-batches that may be under way from them to a student's rank
+
+    @property
+    def teacher_ranks(self) -> int:
+        return self.teacher_world or self.world
+
+    @property
+    def regrouped(self) -> bool:
+        """Whether the teacher has a layout of its own: its hidden states then move between ranks,
+        and its output layer is apart from it, on the student's partition of the vocabulary."""
+        own = self.teacher is not None and self.teacher.layout != self.student.layout
+        return own or self.teacher_world > 0
 
     @property
     def micro_batches(self) -> int:
@@ -112,14 +125,24 @@ class Job:
         step = self.student.vocab_multiple * self.student.tensor
         return max(-(-side.arch.vocab // step) * step for side in sides)
 
+    def table_rows(self, side: Side) -> int:
+        """Padded rows of a model's embedding over its tensor ranks."""
+        if side is self.student or not self.regrouped:
+            return self.vocab_rows
+        step = side.vocab_multiple * side.tensor
+        return -(-side.arch.vocab // step) * step
+
     @property
     def vocab(self) -> int:
         """Ids that are real in both models."""
         return min([self.student.arch.vocab, *([self.teacher.arch.vocab] if self.teacher else [])])
 
     def with_layout(self, layout: ParallelConfig) -> "Job":
-        """The same step with both models under another layout."""
-        teacher = replace(self.teacher, layout=layout) if self.teacher else None
+        """The same step under another layout: of both models, or the student's alone where the
+        teacher has ranks of its own."""
+        teacher = self.teacher
+        if teacher and not self.teacher_world:
+            teacher = replace(teacher, layout=layout)
         return replace(self, student=replace(self.student, layout=layout), teacher=teacher)
 
 
@@ -142,8 +165,8 @@ def misfit(side: Side, world: int) -> str:
 
 def check_job(job: Job) -> None:
     """Refuse a layout that cannot be built."""
-    for side in (job.student, job.teacher):
-        reason = misfit(side, job.world) if side else ""
+    for side, ranks in ((job.student, job.world), (job.teacher, job.teacher_ranks)):
+        reason = misfit(side, ranks) if side else ""
         if reason:
             raise UserError(
                 reason,

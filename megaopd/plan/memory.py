@@ -5,6 +5,7 @@ backward passes, and the optimizer. A rank needs what stays plus the largest of 
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megaopd.plan.hardware import SLEEPING_SERVER
@@ -35,7 +36,8 @@ class Weights:
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes on every rank of one pipeline stage."""
+    """Bytes on every rank of one pipeline stage, the student's or (own) that of a teacher on ranks
+    of its own."""
 
     stage: int
     weights: float
@@ -53,6 +55,7 @@ class StageMemory:
     backward_phase: float
     optimizer_phase: float
     reserve: float
+    own: bool = False
 
     @property
     def resident(self) -> float:
@@ -70,6 +73,10 @@ class StageMemory:
         }
 
     @property
+    def name(self) -> str:
+        return f"teacher {self.stage}" if self.own else f"stage {self.stage}"
+
+    @property
     def worst(self) -> str:
         return max(self.phases, key=lambda name: self.phases[name])
 
@@ -83,8 +90,11 @@ class StageMemory:
         return self.peak + self.reserve
 
 
-def stage_weights(side: Side, stage: int, *, vocab_rows: int) -> Weights:
-    """The weights of a stage on one tensor rank; of the experts, those that it holds whole."""
+def stage_weights(side: Side, stage: int, *, vocab_rows: int, scorer: bool = False) -> Weights:
+    """The weights of a stage on one tensor rank; of the experts, those that it holds whole.
+
+    scorer: without the output layer, which is elsewhere.
+    """
     arch, tensor = side.arch, side.tensor
     dense = experts = 0
     for layer in side.stage_layers(stage):
@@ -97,7 +107,7 @@ def stage_weights(side: Side, stage: int, *, vocab_rows: int) -> Weights:
         dense += table
     if stage == ends:
         # A tied output layer of a stage of its own is a copy.
-        dense += arch.hidden + (0 if arch.tied and ends == 0 else table)
+        dense += arch.hidden + (0 if scorer or (arch.tied and ends == 0) else table)
     return Weights(dense, experts)
 
 
@@ -217,16 +227,67 @@ def _teacher(job: Job, stage: int) -> tuple[float, float]:
     """
     side = job.teacher
     assert side is not None
-    same = side.layout.pipeline == job.student.layout.pipeline
-    stages = [stage] if same else range(side.layout.pipeline)
-    weights = max(stage_weights(side, s, vocab_rows=job.vocab_rows).all for s in stages)
+    last = stage == job.student.layout.pipeline - 1
+    if not job.regrouped:
+        weights, peak = _scorer(job, [stage])
+        return weights, peak + (0 if last else Sizes.of(job, side).stream)
+    output = job.vocab_rows / job.student.tensor * side.arch.hidden * side.itemsize if last else 0.0
+    if job.teacher_world:
+        return output, 0.0
+    weights, peak = _scorer(job, range(side.layout.pipeline))
+    return output + weights, peak + _scored(job)
+
+
+def _scorer(job: Job, stages: Iterable[int]) -> tuple[float, float]:
+    """(weights, peak of the forward pass) of the heaviest of these stages of the teacher."""
+    side = job.teacher
+    assert side is not None
+    rows = job.table_rows(side)
+    weights = max(stage_weights(side, s, vocab_rows=rows, scorer=job.regrouped).all for s in stages)
     peak = max(
         inference_peak(job, side, sparse=sparse)
         for s in stages
         for sparse in {side.arch.is_sparse(layer) for layer in side.stage_layers(s)}
     )
-    sent = 0 if stage == job.student.layout.pipeline - 1 else Sizes.of(job, side).stream
-    return weights * side.itemsize, peak + sent
+    return weights * side.itemsize, peak
+
+
+def _scored(job: Job) -> float:
+    """Rows on a rank of a regrouped teacher's last stage: its share of the step's, till they go."""
+    side, student = job.teacher, job.student
+    assert side is not None
+    rows = job.local_rows(student) * student.ranks_of_sequence * student.layout.context
+    step = job.micro_batches * student.data(job.world) * rows
+    sharers = side.data(job.world) * side.tensor
+    return step / sharers * side.arch.hidden * side.itemsize
+
+
+def teacher_memory(job: Job, stage: int, *, reserve: float = 0.0) -> StageMemory:
+    """What a rank of this stage of a teacher on ranks of its own holds."""
+    side = job.teacher
+    assert side is not None
+    weights, peak = _scorer(job, [stage])
+    sizes, last = Sizes.of(job, side), stage == side.layout.pipeline - 1
+    rows = job.local_rows(job.student) * job.student.ranks_of_sequence
+    waiting = job.window * rows * side.arch.hidden * side.itemsize if last else 0.0
+    whole = sizes.full if last and side.layout.sequence else 0.0  # gathered, to pick rows from
+    held = {"in_flight": 0.0, "saved": 0.0, "forward_phase": 0.0, "backward_phase": 0.0}
+    none = dict.fromkeys(("gradients", "optimizer", "rollout", "optimizer_phase"), 0.0)
+    return StageMemory(
+        stage=stage,
+        weights=0.0,
+        teacher_weights=weights,
+        buffers=4 * job.padded_sequence * side.arch.head_dim
+        + sizes.gathered
+        + (sizes.stream if stage else 0.0),
+        batch=8 * sizes.t,
+        hidden=waiting,
+        teacher_phase=peak + whole + waiting + (0 if last else sizes.stream),
+        reserve=reserve,
+        own=True,
+        **held,
+        **none,
+    )
 
 
 def _buffers(job: Job, stage: int) -> float:
@@ -235,7 +296,7 @@ def _buffers(job: Job, stage: int) -> float:
     A later stage holds on to the last input that it received, the student's with its gradient;
     recomputed layers of experts to theirs.
     """
-    sides = [job.student, *([job.teacher] if job.teacher else [])]
+    sides = [job.student, *([job.teacher] if job.teacher and not job.teacher_world else [])]
     angles = sum(4 * job.padded_sequence * side.arch.head_dim for side in sides)
     gathers: dict[int, float] = {}  # one buffer a type of numbers, of the largest request
     for side in sides:

@@ -26,6 +26,7 @@ def as_dict(found: Found, gpu: Gpu, result: Search | None) -> dict[str, Any]:
     document: dict[str, Any] = {
         "gpu": dataclasses.asdict(gpu),
         "world": job.world,
+        "teacher_world": job.teacher_world,
         "student": _side(job.student),
         "teacher": _side(job.teacher) if job.teacher else None,
         "micro_batches": job.micro_batches,
@@ -104,8 +105,9 @@ def _print_head(console: Any, found: Found, gpu: Gpu) -> None:
                 size += f" ({model.parameters(active=True) / 1e9:.1f}B a token)"
             console.print(f"{who}: {model.name}, {size}, {layout_text(side)}", highlight=False)
     data = job.student.data(job.world)
+    own = f" and {job.teacher_world} of the teacher's own" if job.teacher_world else ""
     console.print(
-        f"{job.world} x {gpu.name}, data parallel {data}; {job.samples} sequences of "
+        f"{job.world} x {gpu.name}{own}, data parallel {data}; {job.samples} sequences of "
         f"{job.padded_sequence} tokens a step: {job.micro_batches} micro-batches of "
         f"{job.micro_batch} a rank; recompute {job.student.recompute}; loss in chunks of "
         f"{chunk_rows(job)} rows",
@@ -118,9 +120,12 @@ def _memory_table(found: Found, gpu: Gpu) -> Any:
 
     table = Table(title="Memory of a rank, GiB, by pipeline stage", title_justify="left")
     table.add_column("")
-    stages = found.memory if len(found.memory) <= 4 else [found.memory[0], found.memory[-1]]
+    stages = []
+    for own in (False, True):
+        of_model = [stage for stage in found.memory if stage.own == own]
+        stages += of_model if len(of_model) <= 4 else [of_model[0], of_model[-1]]
     for stage in stages:
-        table.add_column(f"stage {stage.stage}", justify="right")
+        table.add_column(stage.name, justify="right")
     for name in PARTS:
         table.add_row(name.replace("_", " "), *(gib(getattr(s, name)) for s in stages))
     table.add_section()

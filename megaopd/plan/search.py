@@ -9,7 +9,7 @@ from megaopd.parallel import ParallelConfig
 from megaopd.plan.communication import step_traffic
 from megaopd.plan.hardware import GIB, Gpu
 from megaopd.plan.job import Job, misfit
-from megaopd.plan.memory import StageMemory, stage_memory
+from megaopd.plan.memory import StageMemory, stage_memory, teacher_memory
 from megaopd.plan.times import Seconds, estimate
 
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -66,22 +66,26 @@ class Search:
 
 
 def evaluate(job: Job, gpu: Gpu, *, all_stages: bool = True) -> Found:
-    """The plan of one layout; the fullest stage is the first or the last."""
+    """The plan of one layout; the student's fullest stage is the first or the last."""
     ends = sorted({0, job.student.layout.pipeline - 1})
     stages = range(job.student.layout.pipeline) if all_stages else ends
     memory = [stage_memory(job, stage, reserve=gpu.reserve) for stage in stages]
+    if job.teacher and job.teacher_world:
+        own = range(job.teacher.layout.pipeline)
+        memory += [teacher_memory(job, stage, reserve=gpu.reserve) for stage in own]
     return Found(job, memory, estimate(job, gpu, step_traffic(job)))
 
 
 def search(job: Job, gpu: Gpu) -> Search:
-    """Every layout of both models together on job.world ranks.
+    """Every layout of both models together on job.world ranks; of the student alone where the
+    teacher has ranks of its own.
 
     Tensor parallel stays inside a node, sequence parallel goes with it, and the sizes are powers of
     two or divisors of the layers.
     """
     result = Search(gpu)
     for layout in _layouts(job, gpu):
-        sides = [job.student, *([job.teacher] if job.teacher else [])]
+        sides = [job.student, *([job.teacher] if job.teacher and not job.teacher_world else [])]
         tried = job.with_layout(layout)
         reasons = (misfit(replace(side, layout=layout), job.world) for side in sides)
         reason = next(filter(None, reasons), "")
@@ -100,7 +104,8 @@ def search(job: Job, gpu: Gpu) -> Search:
 
 def _layouts(job: Job, gpu: Gpu) -> Iterator[ParallelConfig]:
     layers = job.student.arch.layers
-    experts = max([side.model.experts for side in (job.student, job.teacher) if side], default=0)
+    sides = [job.student, None if job.teacher_world else job.teacher]
+    experts = max([side.model.experts for side in sides if side], default=0)
     for tensor in _powers(min(gpu.per_node, job.world)):
         for pipeline in sorted({*_powers(job.world), *_divisors(layers, job.world // tensor)}):
             for context in _powers(MOST_CONTEXT):

@@ -12,7 +12,11 @@ from megaopd.plan.job import Job, Side
 
 @dataclass(frozen=True)
 class Seconds:
-    """Parts of a step that are taken to follow one another: no overlap is assumed."""
+    """Parts of a step that are taken to follow one another: no overlap is assumed.
+
+    teacher: on ranks of its own it works beside the student's update; what counts then is how much
+    longer it takes.
+    """
 
     student: float
     teacher: float
@@ -52,12 +56,32 @@ def estimate(job: Job, gpu: Gpu, traffic: list[Traffic]) -> Seconds:
     loss = job.epochs * 2 * rows * widths * job.vocab * side.layout.pipeline / rate
     teacher = 0.0
     if job.teacher:
-        teacher = job.epochs * forward_flops(job.teacher, tokens, job.padded_sequence) / rate
+        own = rate * job.teacher_ranks / job.world
+        teacher = job.epochs * forward_flops(job.teacher, tokens, job.padded_sequence) / own
     idle = (side.layout.pipeline - 1) / (job.micro_batches * side.layout.virtual)
+    mine = [one for one in traffic if not (job.teacher_world and of_teacher(one))]
+    node, network = _links(mine, gpu)
+    if not job.teacher or not job.teacher_world:
+        return Seconds(student, teacher, loss, idle * (student + teacher), node, network)
+    bubble = idle * student
+    beside = student + loss + bubble + node + network
+    jobs = job.micro_batches * side.data(job.world) / job.teacher.data(job.teacher_world)
+    teacher *= 1 + (job.teacher.layout.pipeline - 1) / jobs
+    teacher += sum(_links([one for one in traffic if of_teacher(one)], gpu))
+    return Seconds(student, max(0.0, teacher - beside), loss, bubble, node, network)
+
+
+def of_teacher(one: Traffic) -> bool:
+    """Whether it is among the teacher's ranks."""
+    return one.name.startswith("teacher ") and one.name != "teacher hidden states"
+
+
+def _links(traffic: list[Traffic], gpu: Gpu) -> tuple[float, float]:
+    """Seconds inside a node and across."""
     node = network = 0.0
     for one in traffic:
         crosses = one.crosses(gpu)
         link = gpu.network if crosses else gpu.node_link
         spent = one.sent / (link * LINK_EFFICIENCY) + one.calls * CALL_US * 1e-6
         node, network = (node, network + spent) if crosses else (node + spent, network)
-    return Seconds(student, teacher, loss, idle * (student + teacher), node, network)
+    return node, network

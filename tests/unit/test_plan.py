@@ -16,11 +16,11 @@ from megaopd.plan import head
 from megaopd.plan.communication import step_traffic
 from megaopd.plan.configured import job_of, left_out, parse_layout
 from megaopd.plan.hardware import GPUS
-from megaopd.plan.job import Job, Side, misfit
+from megaopd.plan.job import Job, Side, check_job, misfit
 from megaopd.plan.layer import backward_peak, layer_modules, saved_bytes
 from megaopd.plan.memory import in_flight, stage_memory, stage_weights
 from megaopd.plan.models import as_model, find_model, known_models
-from megaopd.plan.search import best, search
+from megaopd.plan.search import best, evaluate, search
 from megaopd.plan.times import estimate
 from megaopd.recipes import recipe
 from megaopd.schema import load_config
@@ -234,11 +234,36 @@ def test_padding_of_every_rank_is_counted():
     assert (plain.padded_sequence, padded.padded_sequence) == (200, 256)
 
 
-def test_a_teacher_on_ranks_of_its_own_is_refused():
+def test_a_teacher_on_ranks_of_its_own():
     own = ["teacher.placement=separate", "teacher_parallel.ranks=4", "teacher_parallel.tensor=4"]
-    config = load_config(recipe("h100/llama_70b_to_8b_8gpu"), own)
-    with pytest.raises(UserError, match=r"placement = separate\n.*one kind of rank"):
-        job_of(config, 8)
+    config = load_config(recipe("h100/llama_70b_to_8b_8gpu"), [*own, "parallel.tensor=4"])
+    with pytest.raises(UserError, match="4 GPUs, 4 of them the teacher's own"):
+        job_of(config, 4)
+    apart, together = job_of(config, 8), job_of(config, 4 + 4, teacher_layout="tensor=4")
+    assert (apart.world, apart.teacher_world) == (4, 4) and apart == together
+    gpu = GPUS["h100"]
+    beside = evaluate(dataclasses.replace(apart, world=8, teacher_world=0), gpu)
+    found = evaluate(apart, gpu)
+    teacher = found.memory[-1]
+    assert (teacher.own, teacher.name, teacher.gradients) == (True, "teacher 0", 0)
+    # The student keeps the output layer alone, and hidden states of a window for those of a step.
+    arch, rows = apart.teacher.arch, apart.vocab_rows
+    output = rows // 4 * arch.hidden * 2
+    assert found.memory[0].teacher_weights == output
+    whole = beside.memory[0].teacher_weights
+    assert teacher.teacher_weights == pytest.approx(whole - output, rel=1e-3)
+    assert found.memory[0].hidden < beside.memory[0].hidden
+    sent = [one.name for one in step_traffic(apart)]
+    assert "teacher hidden states" in sent
+    assert found.seconds.teacher > 0  # 70B forward takes longer than all of 8B: the rest of it
+    large = dataclasses.replace(apart.student, model=apart.teacher.model)
+    assert evaluate(dataclasses.replace(apart, student=large), gpu).seconds.teacher == 0
+    one = find_model("qwen3-8b")
+    larger = dataclasses.replace(apart, teacher_world=3)
+    with pytest.raises(UserError, match="3 ranks do not divide"):
+        check_job(larger)
+    fits = search(dataclasses.replace(apart, student=Side(one, ParallelConfig())), gpu).fits
+    assert {fit.job.teacher.layout.tensor for fit in fits} == {4}
 
 
 def test_search_finds_what_fits_and_says_why_the_rest_does_not():
@@ -265,7 +290,9 @@ def test_a_laid_out_teacher_of_its_own():
     assert own.teacher.layout == ParallelConfig(tensor=8, sequence=True)
     shared = job_of(config, 8)
     ours, theirs = stage_memory(own, 0), stage_memory(shared, 0)
-    assert ours.teacher_weights == pytest.approx(theirs.teacher_weights / 2, rel=0.01)
+    output = own.vocab_rows // 4 * own.teacher.arch.hidden * 2  # on the student's partition
+    half = (theirs.teacher_weights - output) / 2
+    assert ours.teacher_weights == pytest.approx(half + output, rel=1e-3)
     assert "teacher hidden states" in {t.name for t in step_traffic(own)}
     same = ["teacher.placement=regrouped", "teacher_parallel.tensor=8"]
     said = load_config(

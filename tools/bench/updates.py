@@ -22,7 +22,7 @@ class Case:
 
     name: str
     layout: ParallelConfig
-    world: int = 1
+    world: int = 1  # of all ranks
     family: str = "Llama"
     hidden: int = 256
     layers: int = 4
@@ -43,6 +43,8 @@ class Case:
     experts: int = 0  # Qwen3Moe: of every layer; both models have them
     top_k: int = 2
     expert_ffn: int = 256
+    teacher_layout: ParallelConfig | None = None  # its own; None: the student's
+    teacher_ranks: int = 0  # of its own
 
     def config(self, *, hidden: int | None = None) -> dict[str, Any]:
         """A Hugging Face config.json."""
@@ -79,18 +81,20 @@ def planned(case: Case) -> Any:
     from megaopd.plan.job import Job, Side
     from megaopd.plan.models import as_model
 
-    def side(hidden: int) -> Side:
+    def side(hidden: int, layout: ParallelConfig) -> Side:
         return Side(
             as_model(case.config(hidden=hidden), name=case.name),
-            case.layout,
+            layout,
             itemsize=4 if case.dtype == "float32" else 2,
             recompute=case.recompute if hidden == case.hidden else "none",  # pyright: ignore
         )
 
+    own = case.teacher_layout or case.layout
     return Job(
-        student=side(case.hidden),
-        teacher=side(case.teacher_hidden) if case.teacher_hidden else None,
-        world=case.world,
+        student=side(case.hidden, case.layout),
+        teacher=side(case.teacher_hidden, own) if case.teacher_hidden else None,
+        world=case.world - case.teacher_ranks,
+        teacher_world=case.teacher_ranks,
         samples=case.samples,
         sequence=case.sequence,
         rows=case.response,
@@ -109,22 +113,65 @@ def measure_update(case: Case) -> dict[str, Any]:
     """
     from megaopd.parallel import make_grid
 
+    bridge = _join(case)
+    if bridge is not None and bridge.is_teacher:
+        return _measure_teacher(case, bridge)
     grid = make_grid(case.layout)
-    with _checkpoints(case, grid) as paths, LiveStorages() as live:
-        student, teacher, micro_batches = _build(case, grid, paths)
+    with _checkpoints(case) as paths, LiveStorages() as live:
+        student, teacher, micro_batches = _build(case, grid, paths, bridge)
         student.update(micro_batches, teacher)
         with _marked(live, student, teacher):
             live.mark("before")
             student.update(micro_batches, teacher)
             live.mark("after")
+        if teacher is not None:
+            teacher.close()
     order = ["before", "passes", "optimizer"]
     return {
         "rank": grid.rank,
         "stage": grid.pp_rank,
+        "own": False,
         "resident": live.at["before"],
         "peak": max(live.peaks[name] for name in order if name in live.peaks),
         "phases": {name: live.peaks[name] for name in order if name in live.peaks},
         "hidden": live.at["passes"] - live.at["before"],
+    }
+
+
+def _join(case: Case) -> Any:
+    """The worlds of a case whose teacher has ranks of its own, in place of the one there is."""
+    import torch.distributed as dist
+
+    from megaopd.worlds import join_worlds
+
+    if not case.teacher_ranks:
+        return None
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    return join_worlds(case.teacher_ranks)
+
+
+def _measure_teacher(case: Case, bridge: Any) -> dict[str, Any]:
+    """Live tensor bytes of one of the teacher's ranks in the second of two requests."""
+    from megaopd.trainer.teachers.ranks import Service, serve
+
+    class Marked(Service):
+        def answer(self, request: Any) -> None:
+            live.mark("request")
+            super().answer(request)
+
+    with _checkpoints(case) as paths, LiveStorages() as live:
+        layout = case.teacher_layout or case.layout
+        service = serve({"": _model(case, paths, "teacher")}, layout, bridge, make=Marked)
+    return {
+        "rank": bridge.rank,
+        "stage": service.grid.pp_rank,
+        "own": True,
+        "resident": live.at["request"],
+        "peak": live.peaks["request"],
+        "phases": {"before": live.peaks["request"]},
+        "hidden": 0,
     }
 
 
@@ -147,31 +194,49 @@ def _marked(live: LiveStorages, student: Any, teacher: Any) -> Iterator[None]:
     del student.ddp.zero_grad_buffer, student.optimizer.step
 
 
-def _build(case: Case, grid: Any, paths: dict[str, str]) -> tuple[Any, Any, Any]:
+def _model(case: Case, paths: dict[str, str], who: str) -> tuple[Any, Any]:
+    from megaopd.models.arch import architecture, read_hf_config
+    from megaopd.models.config import ModelConfig
+
+    recompute: Any = case.recompute if who == "student" else "none"
+    dtype: Any = case.dtype
+    config = ModelConfig(path=paths[who], dtype=dtype, recompute=recompute)
+    return config, architecture(read_hf_config(paths[who]))
+
+
+def _teacher(case: Case, grid: Any, paths: dict[str, str], bridge: Any) -> Any:
+    from megaopd.models.arch import padded_vocab
+    from megaopd.trainer.teacher import Teacher
+    from megaopd.trainer.teachers.exchange import RegroupedTeacher
+    from megaopd.trainer.teachers.ranks import SeparateTeacher
+    from megaopd.worlds import second_layout
+
+    if "teacher" not in paths:
+        return None
+    model = _model(case, paths, "teacher")
+    rows = {"vocab_rows": padded_vocab(case.vocab, grid.tp_size, 8)}
+    if bridge is not None:
+        return SeparateTeacher(*model, grid, bridge, window=planned(case).window, **rows)
+    if case.teacher_layout is not None:
+        return RegroupedTeacher(*model, grid, second_layout(case.teacher_layout), **rows)
+    return Teacher(*model, grid, **rows)
+
+
+def _build(case: Case, grid: Any, paths: dict[str, str], bridge: Any) -> tuple[Any, Any, Any]:
     import torch
 
     from megaopd.data.types import Prompt, Sample
-    from megaopd.models.arch import architecture, padded_vocab, read_hf_config
-    from megaopd.models.config import ModelConfig
     from megaopd.objectives.spec import ObjectiveConfig
     from megaopd.trainer.batch import make_micro_batches
     from megaopd.trainer.config import OptimConfig
     from megaopd.trainer.student import Student
-    from megaopd.trainer.teacher import Teacher
 
     loss = "rkl" if case.teacher_hidden else "sft"
-    models = {}
-    for who, path in paths.items():
-        recompute: Any = case.recompute if who == "student" else "none"
-        dtype: Any = case.dtype
-        config = ModelConfig(path=path, dtype=dtype, recompute=recompute)
-        models[who] = config, architecture(read_hf_config(path))
     student = Student(
-        *models["student"], grid, ObjectiveConfig(loss=loss, chunk_size=case.chunk),
+        *_model(case, paths, "student"), grid, ObjectiveConfig(loss=loss, chunk_size=case.chunk),
         OptimConfig(lr=1e-4, distributed=case.distributed), vocab=case.vocab,
     )  # fmt: skip
-    rows = padded_vocab(case.vocab, grid.tp_size, 8)
-    teacher = Teacher(*models["teacher"], grid, vocab_rows=rows) if "teacher" in models else None
+    teacher = _teacher(case, grid, paths, bridge)
     generator = torch.Generator().manual_seed(1)
 
     def sample(index: int) -> Sample:
@@ -191,8 +256,10 @@ def _build(case: Case, grid: Any, paths: dict[str, str]) -> tuple[Any, Any, Any]
 
 
 @contextlib.contextmanager
-def _checkpoints(case: Case, grid: Any) -> Iterator[dict[str, str]]:
-    """Random checkpoints of rank 0, on every rank, while the block runs."""
+def _checkpoints(case: Case) -> Iterator[dict[str, str]]:
+    """Random checkpoints of rank 0, on every rank of this world, while the block runs."""
+    import torch.distributed as dist
+
     from megaopd.parallel import broadcast_object
 
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
@@ -200,10 +267,10 @@ def _checkpoints(case: Case, grid: Any) -> Iterator[dict[str, str]]:
         for who, hidden in (("student", case.hidden), ("teacher", case.teacher_hidden)):
             if hidden:
                 paths[who] = str(Path(folder, who))
-                if grid.rank == 0:
+                if dist.get_rank() == 0:
                     _write_checkpoint(case.config(hidden=hidden), paths[who])
         yield broadcast_object(paths)
-        grid.barrier()
+        dist.barrier()
 
 
 def _write_checkpoint(config: dict[str, Any], folder: str) -> None:
@@ -223,10 +290,10 @@ def _write_checkpoint(config: dict[str, Any], folder: str) -> None:
 
 def compare(case: Case) -> dict[str, Any]:
     """Predicted and measured bytes of this rank, and the error of the predicted peak."""
-    from megaopd.plan.memory import stage_memory
+    from megaopd.plan.memory import stage_memory, teacher_memory
 
     found = measure_update(case)
-    plan = stage_memory(planned(case), found["stage"])
+    plan = (teacher_memory if found["own"] else stage_memory)(planned(case), found["stage"])
     phases = plan.phases
     predicted = {
         "resident": plan.resident,
@@ -243,6 +310,7 @@ def compare(case: Case) -> dict[str, Any]:
     return {
         "rank": found["rank"],
         "stage": found["stage"],
+        "own": found["own"],
         "error": error,
         "measured": {k: found[k] for k in ("resident", "peak", "phases", "hidden")},
         "predicted": predicted,
