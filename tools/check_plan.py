@@ -139,7 +139,8 @@ def _write(records: list[dict[str, Any]]) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n")
     page = ROOT / "docs/planner.md"
     before, rest = page.read_text().split(f"{BEGIN}\n")
-    page.write_text(f"{before}{BEGIN}\n{_table(records)}\n{END}\n{rest.split(f'{END}\n')[1]}")
+    after = rest.split(f"{END}\n")[1]
+    page.write_text(f"{before}{BEGIN}\n{_table(records)}\n{END}\n{after}")
 
 
 def _table(records: list[dict[str, Any]]) -> str:
