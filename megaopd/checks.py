@@ -61,6 +61,17 @@ def check_updates(config: "Config") -> None:
         )
 
 
+def check_term_norms(config: "Config") -> None:
+    """Passes whose gradients are only measured must leave no trace in the run."""
+    if config.trainer.term_norms_every and config.student.fp8 == "delayed":
+        raise UserError(
+            f"trainer.term_norms_every = {config.trainer.term_norms_every} with "
+            "student.fp8 = delayed",
+            expected="a recipe without a history: every pass enters it",
+            fix="set student.fp8=current or blockwise, or trainer.term_norms_every=0",
+        )
+
+
 def check_mix(config: "Config") -> None:
     """Samples that a term looks at, and a term whose samples are there."""
     o, mix = config.objective, config.mix

@@ -226,9 +226,15 @@ class Parts:
         trainer, self.scored = self.config.trainer, []
         parts = mini_batches_of(samples, trainer.mini_batches)
         made = [self.micro_batches(part) for part in parts]
+        every = trainer.term_norms_every
         with self.timed("update"):
             metrics = told | self.student.updates(
-                made, self.teacher, reference=self.reference, step=step, epochs=trainer.epochs
+                made,
+                self.teacher,
+                reference=self.reference,
+                step=step,
+                epochs=trainer.epochs,
+                term_norms=every > 0 and step % every == 0,
             )
             if self.teacher is not None:
                 self.teacher.after_update(epoch=self.sampler.cursor["epoch"])

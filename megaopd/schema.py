@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from megaopd import extend
-from megaopd.checks import check_mix, check_reference, check_skills, check_updates
+from megaopd.checks import (
+    check_mix,
+    check_reference,
+    check_skills,
+    check_term_norms,
+    check_updates,
+)
 from megaopd.config import apply_overrides, build, read_toml
 from megaopd.data.config import DataConfig, MixConfig
 from megaopd.errors import UserError
@@ -141,6 +147,7 @@ class Config:
         check_reference(self)
         check_mix(self)
         check_updates(self)
+        check_term_norms(self)
         check_skills(self)
         # Every engine reports the law that it samples from; the data's answers have none.
         if self.remote_teacher.addresses:

@@ -73,11 +73,17 @@ class TrainerConfig:
     # A step's samples in so many parts of whole prompts, with an optimizer step for each.
     mini_batches: int = 1
     epochs: int = 1  # passes over these parts
+    # In every n-th step the gradient norm of each term of the objective alone; 0: never.
+    term_norms_every: int = 0
 
     def __post_init__(self) -> None:
         for name in ("mini_batches", "epochs"):
             if getattr(self, name) < 1:
                 raise UserError(f"trainer.{name} = {getattr(self, name)}", expected="at least 1")
+        if self.term_norms_every < 0:
+            raise UserError(
+                f"trainer.term_norms_every = {self.term_norms_every}", expected="0 or more"
+            )
         if self.micro_batch_size < 1:
             raise UserError(
                 f"trainer.micro_batch_size = {self.micro_batch_size}", expected="at least 1"

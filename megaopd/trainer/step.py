@@ -134,6 +134,7 @@ def objective_pass(
     reference: FrozenLaw | None = None,
     forward_only: bool,
     softcap: float | None = None,
+    only: str = "",
 ) -> dict[str, float]:
     """Forward (and backward) of the objective over all micro-batches; token means of its stats.
 
@@ -145,6 +146,7 @@ def objective_pass(
             micro-batches.
         reference: the base model that a geometric or linear target mixes with the teacher.
         softcap: of the student's logits (Architecture.final_softcap).
+        only: the term that counts, of all of the objective's; empty: all.
 
     Returns:
         loss (the objective as weighted) and token means, equal on every rank: see `_metrics`.
@@ -168,7 +170,7 @@ def objective_pass(
             micro.select(hidden),
             weight,
             micro.remote if taught is None else taught,
-            _weighted(terms, micro),
+            _weighted(terms, micro, only),
             base=reference.at(index, micro) if reference is not None and needs_base else None,
             labels=micro.labels_T if objective.passes_labels else None,
             inputs=_inputs(objective, micro),
@@ -189,12 +191,15 @@ def objective_pass(
     return _metrics(totals, bins, objective, micro_batches[0])
 
 
-def _weighted(terms: dict[str, WeightedTerm], micro: MicroBatch) -> dict[str, Objective]:
-    """Each term with its token weights [T]."""
-    return {
-        name: Objective(one.term, one.coef * micro.term_weights(name, importance=one.importance))
-        for name, one in terms.items()
-    }
+def _weighted(
+    terms: dict[str, WeightedTerm], micro: MicroBatch, only: str = ""
+) -> dict[str, Objective]:
+    """Each term with its token weights [T]; where only one counts, 0 for the others."""
+    made = {}
+    for name, one in terms.items():
+        weights = one.coef * micro.term_weights(name, importance=one.importance)
+        made[name] = Objective(one.term, weights if only in ("", name) else 0 * weights)
+    return made
 
 
 def _inputs(objective: ObjectiveConfig, micro: MicroBatch) -> dict[str, Any]:

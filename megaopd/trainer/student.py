@@ -12,6 +12,7 @@ from megaopd.models.convert import load_weights
 from megaopd.models.lora import add_adapters
 from megaopd.models.weights import WeightStream
 from megaopd.objectives.spec import ObjectiveConfig
+from megaopd.objectives.terms import make_terms
 from megaopd.objectives.validate import needs
 from megaopd.parallel import Grid
 from megaopd.trainer.batch import MicroBatch
@@ -113,6 +114,7 @@ class Student:
         reference: BaseTeacher | None = None,
         step: int = 0,
         epochs: int = 1,
+        term_norms: bool = False,
     ) -> dict[str, float]:
         """An optimizer step for each mini-batch of one rollout, `epochs` times over.
 
@@ -123,6 +125,8 @@ class Student:
         Args:
             reference: the base model of the objective's target.
             step: its number, from 0, where the objective changes over the steps.
+            term_norms: also grad_norm/NAME of each term alone, before the first update, where the
+                objective has several: a forward and a backward pass more for each.
 
         Raises:
             RuntimeError: a NaN gradient (megatron-core's check).
@@ -131,20 +135,47 @@ class Student:
         self.objective = self.objectives.at(step)
         several = len(mini_batches) * epochs > 1
         laws = [_law(model, mini_batches[0]) for model in (teacher, reference)]
-        if laws[0] is not None and self.objective.needs_sequences:
-            laws[0] = laws[0].held()  # it is looked at before the update, too
+        terms = list(make_terms(self.objective)) if term_norms else []
+        if len(terms) > 1:  # they are looked at before the update, too
+            laws = [None if law is None else law.held() for law in laws]
+        elif laws[0] is not None and self.objective.needs_sequences:
+            laws[0] = laws[0].held()
         prepared = []
         for i, one in enumerate(mini_batches):
             again = i > 0 and self.objective.needs_sequences
             law = _law(teacher, one) if again else laws[0]
             prepared.append(self._look_ahead(one, law, ratio=several))
+        norms = self._term_norms(prepared[0][0], laws, terms) if len(terms) > 1 else {}
         found = []
         for micro_batches, told in [one for _ in range(epochs) for one in prepared]:
             if found:
                 laws = [_law(model, micro_batches) for model in (teacher, reference)]
             found.append(told | self._optimizer_step(micro_batches, laws))
         self.schedule.step(increment=1)
-        return metrics_of_updates(found)
+        return metrics_of_updates(found) | norms
+
+    def _term_norms(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        laws: Sequence[FrozenLaw | None],
+        terms: Sequence[str],
+    ) -> dict[str, float]:
+        """Norms of what the objective's gradient is a sum of, coefficients included.
+
+        The load-balancing loss of a mixture of experts is part of each.
+        """
+        found = {}
+        for name in terms:
+            self._empty_gradients()
+            self._pass(micro_batches, *laws, forward_only=False, only=name)
+            self.optimizer.prepare_grads()
+            found[f"grad_norm/{name}"] = float(self.optimizer.get_grad_norm())
+        return found
+
+    def _empty_gradients(self) -> None:
+        for ddp in self.wrapped:
+            ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
 
     def _look_ahead(
         self, micro_batches: Sequence[MicroBatch], teacher: FrozenLaw | None, *, ratio: bool
@@ -185,9 +216,7 @@ class Student:
     ) -> dict[str, float]:
         """laws: the teacher's and the reference's."""
         self.pace.begin()
-        for ddp in self.wrapped:
-            ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self._empty_gradients()
         metrics = self._pass(micro_batches, *laws, forward_only=False)
         faults.point("optimizer")
         lr = self.optimizer.param_groups[0]["lr"]
@@ -202,8 +231,7 @@ class Student:
 
         No importance weights, and nothing that needs a pass of its own before.
         """
-        for ddp in self.wrapped:
-            ddp.zero_grad_buffer()
+        self._empty_gradients()
         return self._pass(micro_batches, _law(teacher, micro_batches), None, forward_only=False)
 
     def log_probs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
@@ -238,6 +266,7 @@ class Student:
         reference: FrozenLaw | None,
         *,
         forward_only: bool,
+        only: str = "",
     ) -> dict[str, float]:
         return objective_pass(
             self.wrapped,
@@ -250,6 +279,7 @@ class Student:
             reference=reference,
             forward_only=forward_only,
             softcap=self.arch.final_softcap,
+            only=only,
         )
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:

@@ -14,13 +14,14 @@ def paths(tmp_path_factory):
 
 
 def ours(paths, step):
-    """(metrics of one update, the objective) on one rank."""
+    """Metrics of one update on one rank, with the gradient norm of each term."""
     grid, student, teacher = layouts.build(paths, SINGLE, **MIXED)
-    return student.update(layouts.batch(step, grid, SINGLE, student), teacher, step=step)
+    parts = [layouts.batch(step, grid, SINGLE, student)]
+    return student.updates(parts, teacher, step=step, term_norms=True)
 
 
 def dense(paths, step):
-    """(loss, gradient norm) of MIXED, written down family by family."""
+    """(loss, gradient norm, means, norms) of MIXED, written down family by family."""
     import torch
     import transformers
 
@@ -54,19 +55,27 @@ def dense(paths, step):
     coefs = {"distill": 0.5 + share * (0.1 - 0.5), "rl": 1.0, "sft": 0.3, "replay": 0.2}
     coefs["entropy"] = -0.1
     means = {name: torch.cat(rows).mean() for name, rows in families.items()}
-    loss = sum(coefs[name] * mean for name, mean in means.items())
-    loss.backward()
-    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in student.parameters()))
-    return float(loss), norm, {n: float(m) for n, m in means.items()}
+    losses = {name: coefs[name] * mean for name, mean in means.items()}
+
+    def norm_of(loss):
+        student.zero_grad()
+        loss.backward(retain_graph=True)
+        return math.sqrt(sum(float(p.grad.square().sum()) for p in student.parameters()))
+
+    norms = {name: norm_of(one) for name, one in losses.items()}
+    loss = sum(losses.values())
+    return float(loss), norm_of(loss), {n: float(m) for n, m in means.items()}, norms
 
 
 @pytest.mark.parametrize("step", [0, 2])
 def test_every_family_has_its_own_denominator(ranks, paths, step):
     (found,) = ranks.run(ours, 1, paths, step)
-    ((loss, norm, means),) = ranks.run(dense, 1, paths, step)
+    ((loss, norm, means, norms),) = ranks.run(dense, 1, paths, step)
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
     assert found["grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert found["nll"] == pytest.approx(means["sft"], rel=1e-5)
     assert found["distill"] == pytest.approx(means["distill"], rel=1e-5)
     assert found["entropy"] == pytest.approx(means["entropy"], rel=1e-5)
     assert found["replay"] == pytest.approx(means["replay"], rel=1e-5)
+    for name, one in norms.items():
+        assert found[f"grad_norm/{name}"] == pytest.approx(one, rel=1e-5), name

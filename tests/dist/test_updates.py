@@ -107,6 +107,35 @@ def test_one_and_one_are_an_update_bit_for_bit(ranks, checkpoints):
         assert all("updates" not in told for told in many[2])
 
 
+def watched(paths, layout, every, **values):
+    """[(loss, gradient norm, norms of the terms)] of three steps, of which every n-th tells."""
+    layout = Layout(*layout)
+    grid, student, teacher = layouts.build(paths, layout, 3, lr=LR, **values)
+    told = []
+    for step in range(3):
+        parts = parts_of(step, grid, layout, student, 2)
+        due = every > 0 and step % every == 0
+        found = student.updates(parts, teacher, step=step, term_norms=due)
+        norms = {k: v for k, v in found.items() if k.startswith("grad_norm/")}
+        told.append((found["loss"], found["grad_norm"], norms))
+    return told
+
+
+def test_norms_of_single_terms(ranks, checkpoints):
+    """The same under every layout, and what is measured changes nothing."""
+    (plain,) = ranks.run(watched, 1, checkpoints, SINGLE, 0, **layouts.MIXED)
+    (single,) = ranks.run(watched, 1, checkpoints, SINGLE, 2, **layouts.MIXED)
+    assert [one[:2] for one in plain] == [one[:2] for one in single]
+    assert [len(norms) for _, _, norms in single] == [5, 0, 5]
+    for name in ("tp2-dp2-sp-zero1", "pp2"):
+        layout = LAYOUTS[name]
+        for told in ranks.run(watched, layout.world, checkpoints, layout, 2, **layouts.MIXED):
+            for mine, one in zip(told, single, strict=True):
+                assert mine[2] == pytest.approx(one[2], rel=1e-3), name
+    (alone,) = ranks.run(watched, 1, checkpoints, SINGLE, 1, loss="fkl")
+    assert [norms for _, _, norms in alone] == [{}, {}, {}]  # grad_norm is that of its only term
+
+
 def by_hand(paths, values):
     """A rollout's optimizer steps, each by a call of its own, with old log-probs taken before."""
     from megaopd.trainer.log_probs import token_log_probs

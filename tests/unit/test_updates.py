@@ -93,6 +93,8 @@ def test_a_family_that_nobody_is_in_has_no_tokens():
         (["trainer.mini_batches=3"], "set rollout.prompts_per_step=9"),
         (["trainer.mini_batches=0"], "at least 1"),
         (["trainer.epochs=0"], "at least 1"),
+        (["trainer.term_norms_every=-1"], "0 or more"),
+        (["trainer.term_norms_every=5", "student.fp8=delayed"], "set student.fp8=current"),
         (["objective.preset=", "objective.loss=sft", "trainer.epochs=2"], "raise run.steps"),
     ],
 )
