@@ -25,6 +25,12 @@ class PlotGroup:
 
 # The first group that matches takes the metric, so the order matters.
 GROUPS: tuple[PlotGroup, ...] = (
+    PlotGroup(  # first: grad_norm/entropy is a norm
+        "Gradient norm",
+        r"grad",
+        "Size of the gradient before clipping, and of each term's alone where it is logged. Spikes "
+        "are steps that clipping had to tame.",
+    ),
     PlotGroup(
         "Engine and trainer agreement",
         r"mismatch|probe|log_?prob_(diff|gap|error)|rollout_k",
@@ -64,11 +70,6 @@ GROUPS: tuple[PlotGroup, ...] = (
         r"loss|nll|distill|(^|/)value$",
         "The objective that is minimised. For sampled and truncated objectives its value may be "
         "negative and need not fall; then the distance to the teacher is what to read.",
-    ),
-    PlotGroup(
-        "Gradient norm",
-        r"grad",
-        "Size of the gradient before clipping. Spikes are steps that clipping had to tame.",
     ),
     PlotGroup("Learning rate", r"(^|/)lr$|learning_rate", "The schedule as it was applied."),
     PlotGroup(

@@ -117,6 +117,7 @@ def test_missing_parts_are_said(tmp_path):
         ("entropy_gap", "Entropy"),
         ("rollout/log_prob_mismatch", "Engine and trainer agreement"),
         ("grad_norm", "Gradient norm"),
+        ("grad_norm/entropy", "Gradient norm"),
         ("lr", "Learning rate"),
         ("response_length", "Response length"),
         ("truncated_fraction", "Response length"),
