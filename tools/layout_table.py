@@ -26,6 +26,7 @@ from tests.dist.families import CASES  # noqa: E402
 from tests.dist.layouts import EXPERT_LAYOUTS, LAYOUTS, SINGLE, Layout  # noqa: E402
 from tests.dist.pool import Ranks  # noqa: E402
 
+SHOWN = ("loss", "grad_norm", "first_grad_norm")
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 
 
@@ -67,7 +68,8 @@ def run_job(job: str) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row a layout: largest relative differences of loss and gradient norm over the steps."""
+    """One row a layout: largest relative differences of loss and gradient norm over the steps, and
+    that of the first step's norm, before Adam has amplified any rounding."""
     values = {"steps": arguments.steps, "dtype": arguments.dtype, "lr": arguments.lr}
     rows, ranks = [], Ranks(4)  # which start when they are needed
     with tempfile.TemporaryDirectory() as folder:
@@ -93,8 +95,10 @@ def _row(name: str, layout: Layout, run: Any, single: Any, cuda: bool) -> dict[s
     row: dict[str, Any] = {"layout": name, **layout._asdict()}
     if cuda and layout.world > _gpus():
         return row | {"skipped": f"needs {layout.world} GPUs"}
-    loss, norm, weights = layouts.differences(single, run(layout))
-    return row | {"loss": loss, "grad_norm": norm, "weights": weights}
+    found = run(layout)
+    loss, norm, weights = layouts.differences(single, found)
+    first = abs(found[0][0][1] / single[0][0][1] - 1)
+    return row | {"loss": loss, "grad_norm": norm, "first_grad_norm": first, "weights": weights}
 
 
 def _gpus() -> int:
@@ -113,7 +117,7 @@ def _line(row: dict[str, Any]) -> str:
     flags += [f"packed in {row['tokens']}"] * bool(row["tokens"])
     flags += ["one sample a micro-batch"] * (row["samples"] == 1)
     cells = [f"`{row['layout']}`", ", ".join([*split, *flags]), str(row["world"])]
-    cells += [f"{row[key]:.1e}" if key in row else row["skipped"] for key in ("loss", "grad_norm")]
+    cells += [f"{row[key]:.1e}" if key in row else row["skipped"] for key in SHOWN]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -126,7 +130,8 @@ def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     Path(f"{out}.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     page = Path(f"{out}.md")
     text = page.read_text() if page.is_file() else f"# Layouts\n\n{BEGIN}\n{END}\n"
-    table = ["| layout | split | ranks | loss | gradient norm |", "|---|---|---|---|---|"]
+    table = ["| layout | split | ranks | loss | gradient norm | at the first step |"]
+    table.append("|---|---|---|---|---|---|")
     table += [_line(row) for row in rows]
     caption = ", ".join(f"{key} {value}" for key, value in facts.items())
     start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
