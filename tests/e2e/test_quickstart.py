@@ -7,7 +7,6 @@ import pytest
 
 from tests.e2e.runs import columns, megaopd
 
-
 # (steps of distillation, accuracy gained, divided KL): as a user runs it, and cut short.
 WHOLE, SHORT = (700, 0.2, 3), (300, 0.1, 1.5)
 
