@@ -1,7 +1,7 @@
 """megaopd/plan's memory against live tensor bytes of real updates on CPU ranks over gloo.
 
 python tools/check_plan.py            every held-out case -> docs/planner.json
-python tools/check_plan.py NAME...    some cases, printed only
+python tools/check_plan.py NAME...    some cases; held-out ones take their place there
 """
 
 import dataclasses
@@ -124,7 +124,7 @@ def _write(records: list[dict[str, Any]]) -> None:
     """Into the document, in the place of earlier records of the same cases."""
     if not records:
         return
-    path = ROOT / "docs/planner.json"
+    path, page = ROOT / "docs/planner.json", ROOT / "docs/planner.md"
     before = json.loads(path.read_text())["records"] if path.is_file() else []
     fresh = {one["case"] for one in records}
     records = [one for one in before if one["case"] not in fresh] + records
@@ -136,11 +136,11 @@ def _write(records: list[dict[str, Any]]) -> None:
         "worst": max(abs(one["error"]) for one in records),
         "records": records,
     }
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    page = ROOT / "docs/planner.md"
-    before, rest = page.read_text().split(f"{BEGIN}\n")
+    start, rest = page.read_text().split(f"{BEGIN}\n")
     after = rest.split(f"{END}\n")[1]
-    page.write_text(f"{before}{BEGIN}\n{_table(records)}\n{END}\n{after}")
+    table = _table(records)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    page.write_text(f"{start}{BEGIN}\n{table}\n{END}\n{after}")
 
 
 def _table(records: list[dict[str, Any]]) -> str:

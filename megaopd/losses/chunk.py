@@ -205,8 +205,7 @@ def _moments(
     packed = torch.cat([blocks.offsets, local, *(y[None] for y in ends)])
     offsets, by_rank = all_gather_packed(packed, plan.shard.group).tensor_split([laws], 1)
     m = offsets.amax(0)
-    for sums, shift in zip(by_rank, offsets - m, strict=True):
-        _rescale_(sums, names, shift)
+    _rescale_(by_rank, names, offsets - m)
     sums = by_rank.sum(0)
     if labels is not None:
         labels.s, labels.t = sums[len(names)], sums[-1]
@@ -230,14 +229,16 @@ def _split(m: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rescale_(sums: Tensor, names: tuple[str, ...], shift: Tensor) -> None:
-    """In place: sums relative to an offset -> relative to a larger one; shift [laws, C] <= 0.
+    """In place: sums relative to an offset -> relative to a larger one.
+
+    sums [..., n, C] begin with `names`; shift [..., laws, C] <= 0.
 
     A shard without ids has offset -inf and sums 0: its factor is 0.
     """
     factor = shift.exp()
     for i, name in enumerate(names):
-        f = factor[0 if name.endswith("_s") else -1]
-        sums[i] *= f * f if name in ("q_s", "r_s") else f
+        f = factor[..., 0 if name.endswith("_s") else -1, :]
+        sums[..., i, :] *= f * f if name in ("q_s", "r_s") else f
 
 
 def _with_head(

@@ -135,7 +135,7 @@ class Plan:
 
     @property
     def moments(self) -> tuple[str, ...]:
-        """Rows of the packed SUM: what the terms need, then what the statistics need."""
+        """Sums of round 1 (chunk.py): what the terms need, then what the statistics need."""
         names = set() if self.program == "zero" else {"z_s"}
         for term in self.terms:
             names |= _term_moments(term)

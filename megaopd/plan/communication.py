@@ -94,7 +94,8 @@ def _embedding(who: str, job: Job, side: Side, forwards: int, backwards: int) ->
 def _pipeline(who: str, job: Job, side: Side, passes: int) -> Iterator[Traffic]:
     if side.layout.pipeline > 1:
         sent = passes * side.layout.virtual * Sizes.of(job, side).stream
-        stride = job.world // side.layout.pipeline
+        ranks = job.teacher_ranks if side is job.teacher else job.world
+        stride = ranks // side.layout.pipeline
         yield Traffic(f"{who} pipeline", 2, sent, passes * side.layout.virtual, stride)
 
 
@@ -161,4 +162,5 @@ def _handover(job: Job, passes: int) -> Iterator[Traffic]:
     if job.regrouped:
         rows = job.local_rows(job.student) * job.student.ranks_of_sequence * passes
         sent = rows * job.teacher.arch.hidden * job.teacher.itemsize
-        yield Traffic("teacher hidden states", 2, sent, passes, job.world // 2)
+        stride = job.world if job.teacher_world else job.world // 2
+        yield Traffic("teacher hidden states", 2, sent, passes, stride)

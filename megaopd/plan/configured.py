@@ -51,8 +51,11 @@ def job_of(config: Config, gpus: int, *, teacher_layout: str = "") -> Job:
         epochs=config.trainer.epochs,
         rollout=_rollout(config),
         rollout_batch=config.rollout.batch_size,
+        placement=_placement(config, teacher_layout),
         teacher_world=apart,
         window=config.teacher.window,
+        held=law.needs_sequences or config.trainer.term_norms_every > 0,
+        scored_first=law.needs_sequences,
     )
 
 
@@ -87,6 +90,12 @@ def _teacher(config: Config, layout: str) -> Side | None:
     return _side(config.teacher, config.parallel)
 
 
+def _placement(config: Config, layout: str) -> Any:
+    return (
+        "regrouped" if layout and config.teacher.placement == "same" else config.teacher.placement
+    )
+
+
 def left_out(config: Config) -> list[str]:
     """Settings that change memory or time and that a plan does not know: it is made without."""
     teacher = config.teacher
@@ -98,6 +107,9 @@ def left_out(config: Config) -> list[str]:
         f"teacher.offload = {teacher.offload}": teacher.offload,
         "[teachers]": config.teachers,
         f"trainer.mini_batches = {config.trainer.mini_batches}": config.trainer.mini_batches > 1,
+        f"trainer.term_norms_every = {config.trainer.term_norms_every}": (
+            config.trainer.term_norms_every
+        ),
         "trainer.micro_batch_tokens": config.trainer.micro_batch_tokens,
         f"optim.cpu_offload = {config.optim.cpu_offload}": config.optim.cpu_offload,
         f"optim.state_dtype = {config.optim.state_dtype}": config.optim.state_dtype != "float32",

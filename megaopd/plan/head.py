@@ -70,12 +70,12 @@ def head_bytes(job: Job) -> Head:
 
 def waiting_hidden(job: Job) -> float:
     """The teacher's hidden states on a rank of the last stage: of a whole step; from ranks of its
-    own, of the micro-batches under way and the one at hand."""
+    own, of the micro-batches under way and the one at hand, unless all are held."""
     if job.teacher is None:
         return 0.0
     teacher: Side = job.teacher
     micro = job.local_rows(job.student) * teacher.arch.hidden * teacher.itemsize
-    if not job.teacher_world:
+    if job.held or not job.teacher_world:
         return job.micro_batches * micro
     # Without sequence parallel a tensor rank receives its part, and puts together that at hand.
     part = micro if job.student.layout.sequence else micro / job.student.tensor

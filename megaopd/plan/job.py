@@ -78,8 +78,11 @@ class Job:
     # Where responses are sampled: inside the ranks, on servers of the same GPUs, or on others.
     rollout: Literal["none", "embedded", "colocated", "separate"] = "none"
     rollout_batch: int = 0  # sequences in the embedded engine's key/value cache
-    teacher_world: int = 0  # ranks of the teacher's own; 0: it is on the student's
+    placement: Literal["same", "regrouped", "separate"] = "same"  # of the teacher
+    teacher_world: int = 0  # separate: the teacher's ranks
     window: int = 2  # micro-batches that may be under way from them to a student's rank
+    held: bool = False  # the objective looks at a step's hidden states more than once
+    scored_first: bool = False  # and at all of them before the update
 
     @property
     def teacher_ranks(self) -> int:
@@ -89,8 +92,7 @@ class Job:
     def regrouped(self) -> bool:
         """Whether the teacher has a layout of its own: its hidden states then move between ranks,
         and its output layer is apart from it, on the student's partition of the vocabulary."""
-        own = self.teacher is not None and self.teacher.layout != self.student.layout
-        return own or self.teacher_world > 0
+        return self.placement != "same"
 
     @property
     def micro_batches(self) -> int:
@@ -127,7 +129,7 @@ class Job:
 
     def table_rows(self, side: Side) -> int:
         """Padded rows of a model's embedding over its tensor ranks."""
-        if side is self.student or not self.regrouped:
+        if not self.regrouped:
             return self.vocab_rows
         step = side.vocab_multiple * side.tensor
         return -(-side.arch.vocab // step) * step
@@ -139,9 +141,9 @@ class Job:
 
     def with_layout(self, layout: ParallelConfig) -> "Job":
         """The same step under another layout: of both models, or the student's alone where the
-        teacher has ranks of its own."""
+        teacher has one of its own."""
         teacher = self.teacher
-        if teacher and not self.teacher_world:
+        if teacher and not self.regrouped:
             teacher = replace(teacher, layout=layout)
         return replace(self, student=replace(self.student, layout=layout), teacher=teacher)
 

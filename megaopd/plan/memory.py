@@ -258,8 +258,21 @@ def _scored(job: Job) -> float:
     assert side is not None
     rows = job.local_rows(student) * student.ranks_of_sequence * student.layout.context
     step = job.micro_batches * student.data(job.world) * rows
-    sharers = side.data(job.world) * side.tensor
+    receivers = student.data(job.world) * student.tensor * student.layout.context
+    sharers = side.data(job.world) * min(side.tensor, receivers)
     return step / sharers * side.arch.hidden * side.itemsize
+
+
+def _under_way(job: Job) -> float:
+    """Rows on a rank of a separate teacher's last stage: a window of them for each receiver."""
+    side, student = job.teacher, job.student
+    assert side is not None
+    data, own = student.data(job.world), side.data(job.teacher_world)
+    served = data // math.gcd(data, own) * student.tensor * student.layout.context
+    receivers = math.ceil(served / side.tensor)
+    rows = job.local_rows(student) / (student.tensor // student.ranks_of_sequence)
+    window = min(job.window, job.micro_batches)
+    return window * receivers * rows * side.arch.hidden * side.itemsize
 
 
 def teacher_memory(job: Job, stage: int, *, reserve: float = 0.0) -> StageMemory:
@@ -268,8 +281,7 @@ def teacher_memory(job: Job, stage: int, *, reserve: float = 0.0) -> StageMemory
     assert side is not None
     weights, peak = _scorer(job, [stage])
     sizes, last = Sizes.of(job, side), stage == side.layout.pipeline - 1
-    rows = job.local_rows(job.student) * job.student.ranks_of_sequence
-    waiting = job.window * rows * side.arch.hidden * side.itemsize if last else 0.0
+    waiting = _under_way(job) if last else 0.0
     whole = sizes.full if last and side.layout.sequence else 0.0  # gathered, to pick rows from
     held = {"in_flight": 0.0, "saved": 0.0, "forward_phase": 0.0, "backward_phase": 0.0}
     none = dict.fromkeys(("gradients", "optimizer", "rollout", "optimizer_phase"), 0.0)
@@ -277,9 +289,7 @@ def teacher_memory(job: Job, stage: int, *, reserve: float = 0.0) -> StageMemory
         stage=stage,
         weights=0.0,
         teacher_weights=weights,
-        buffers=4 * job.padded_sequence * side.arch.head_dim
-        + sizes.gathered
-        + (sizes.stream if stage else 0.0),
+        buffers=4 * job.padded_sequence * side.arch.head_dim + (sizes.stream if stage else 0.0),
         batch=8 * sizes.t,
         hidden=waiting,
         teacher_phase=peak + whole + waiting + (0 if last else sizes.stream),
@@ -294,18 +304,16 @@ def _buffers(job: Job, stage: int) -> float:
     """The gather buffer of sequence parallel, each model's table of angles, and received states.
 
     A later stage holds on to the last input that it received, the student's with its gradient;
-    recomputed layers of experts to theirs.
+    recomputed layers of experts to theirs. Frozen weights gather into no buffer that stays.
     """
-    sides = [job.student, *([job.teacher] if job.teacher and not job.teacher_world else [])]
-    angles = sum(4 * job.padded_sequence * side.arch.head_dim for side in sides)
-    gathers: dict[int, float] = {}  # one buffer a type of numbers, of the largest request
-    for side in sides:
-        sizes = Sizes.of(job, side)
-        gathers[side.itemsize] = max(gathers.get(side.itemsize, 0.0), sizes.gathered)
-    received = 0
-    if stage > 0:
-        received = sum(Sizes.of(job, side).stream for side in [job.student, *sides])
-    return angles + received + sum(gathers.values()) + _held_by_routers(job, stage)
+    sizes = Sizes.of(job, job.student)
+    kept = 4 * job.padded_sequence * job.student.arch.head_dim + sizes.gathered
+    kept += 2 * sizes.stream if stage > 0 else 0
+    if job.teacher and not job.teacher_world:
+        later = job.teacher.layout.pipeline > 1 if job.regrouped else stage > 0
+        kept += 4 * job.padded_sequence * job.teacher.arch.head_dim
+        kept += Sizes.of(job, job.teacher).stream if later else 0
+    return kept + _held_by_routers(job, stage)
 
 
 def _rollout(job: Job) -> float:

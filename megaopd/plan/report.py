@@ -161,8 +161,10 @@ def _link(one: Traffic, gpu: Gpu) -> str:
 def _print_seconds(console: Any, found: Found) -> None:
     parts = dataclasses.asdict(found.seconds).items()
     text = ", ".join(f"{name} {value:.1f}" for name, value in parts)
+    beside = found.job.teacher_world and not found.job.scored_first
+    overlap = "the teacher beside the student's passes" if beside else "no overlap"
     console.print(
-        f"Estimate of a rollout's updates: {found.seconds.total:.1f} s ({text}); no overlap, "
+        f"Estimate of a rollout's updates: {found.seconds.total:.1f} s ({text}); {overlap}, "
         f"products at {EFFICIENCY:.0%} of the peak, links at {LINK_EFFICIENCY:.0%}; sampling not "
         "included.",
         highlight=False,

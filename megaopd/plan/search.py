@@ -78,14 +78,18 @@ def evaluate(job: Job, gpu: Gpu, *, all_stages: bool = True) -> Found:
 
 def search(job: Job, gpu: Gpu) -> Search:
     """Every layout of both models together on job.world ranks; of the student alone where the
-    teacher has ranks of its own.
+    teacher has a layout of its own.
 
     Tensor parallel stays inside a node, sequence parallel goes with it, and the sizes are powers of
     two or divisors of the layers.
     """
     result = Search(gpu)
+    beyond = [one for one in evaluate(job, gpu).memory if one.own and one.total > gpu.memory]
+    if beyond:  # of the teacher's own ranks: no layout of the student's helps
+        result.too_large.append(evaluate(job, gpu))
+        return result
     for layout in _layouts(job, gpu):
-        sides = [job.student, *([job.teacher] if job.teacher and not job.teacher_world else [])]
+        sides = [job.student, *([job.teacher] if job.teacher and not job.regrouped else [])]
         tried = job.with_layout(layout)
         reasons = (misfit(replace(side, layout=layout), job.world) for side in sides)
         reason = next(filter(None, reasons), "")
@@ -104,7 +108,7 @@ def search(job: Job, gpu: Gpu) -> Search:
 
 def _layouts(job: Job, gpu: Gpu) -> Iterator[ParallelConfig]:
     layers = job.student.arch.layers
-    sides = [job.student, None if job.teacher_world else job.teacher]
+    sides = [job.student, None if job.regrouped else job.teacher]
     experts = max([side.model.experts for side in sides if side], default=0)
     for tensor in _powers(min(gpu.per_node, job.world)):
         for pipeline in sorted({*_powers(job.world), *_divisors(layers, job.world // tensor)}):
@@ -160,6 +164,7 @@ def distinct(found: list[Found], count: int) -> list[Found]:
 def why_too_large(found: Found, gpu: Gpu) -> str:
     """What fills the memory of the fullest stage."""
     stage = found.fullest
+    where = f" on {stage.name} of its own ranks" if stage.own else ""
     parts = {
         "weights": stage.weights,
         "gradients": stage.gradients,
@@ -172,7 +177,7 @@ def why_too_large(found: Found, gpu: Gpu) -> str:
     largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
     text = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
     over = (stage.total - gpu.memory) / GIB
-    return f"{over:.1f} GiB too much ({text} GiB)"
+    return f"{over:.1f} GiB too much{where} ({text} GiB)"
 
 
 def best(result: Search) -> Found:
@@ -181,8 +186,11 @@ def best(result: Search) -> Found:
         return result.fits[0]
     near = result.near_misses(1)
     detail = why_too_large(near[0], result.gpu) if near else "; ".join(result.reasons)
+    fix = "use more or larger GPUs, shorter sequences, or fewer samples a step"
+    if near and near[0].fullest.own:
+        fix = "raise teacher_parallel.ranks, tensor, pipeline or expert"
     raise UserError(
         f"no layout fits: the nearest has {detail}",
         expected=f"at most {result.gpu.memory / GIB:.0f} GiB on every rank",
-        fix="use more or larger GPUs, shorter sequences, or fewer samples a step",
+        fix=fix,
     )

@@ -14,7 +14,7 @@ from megaopd.plan.job import Job, Side
 class Seconds:
     """Parts of a step that are taken to follow one another: no overlap is assumed.
 
-    teacher: on ranks of its own it works beside the student's update; what counts then is how much
+    teacher: on ranks of its own it works beside the student's passes; what counts then is how much
     longer it takes.
     """
 
@@ -64,11 +64,14 @@ def estimate(job: Job, gpu: Gpu, traffic: list[Traffic]) -> Seconds:
     if not job.teacher or not job.teacher_world:
         return Seconds(student, teacher, loss, idle * (student + teacher), node, network)
     bubble = idle * student
-    beside = student + loss + bubble + node + network
     jobs = job.micro_batches * side.data(job.world) / job.teacher.data(job.teacher_world)
     teacher *= 1 + (job.teacher.layout.pipeline - 1) / jobs
     teacher += sum(_links([one for one in traffic if of_teacher(one)], gpu))
-    return Seconds(student, max(0.0, teacher - beside), loss, bubble, node, network)
+    if not job.scored_first:
+        own = [one for one in mine if one.name.startswith(("student ", "loss "))]
+        beside = student * (passes - job.old_log_probs) / passes + loss + bubble
+        teacher = max(0.0, teacher - beside - sum(_links(own, gpu)))
+    return Seconds(student, teacher, loss, bubble, node, network)
 
 
 def of_teacher(one: Traffic) -> bool:

@@ -68,6 +68,7 @@ def run_schedule(
     *,
     forward_only: bool,
     collect: bool = False,
+    balancing: bool = True,
 ) -> list[Any]:
     """Run Megatron's schedule for this pipeline size over one item of `inputs` per micro-batch.
 
@@ -86,7 +87,8 @@ def run_schedule(
     micro_batch_size, sequence = first.tokens.shape
     chunks = as_chunks(model)
     for chunk in chunks:  # models/modules.py router
-        chunk.config.aux_loss_share = 1.0 / (len(inputs) * grid.dp_size)
+        share = 1.0 / (len(inputs) * grid.dp_size)
+        chunk.config.aux_loss_share = share if balancing else 0.0
     config = chunks[0].config
     interleaved = len(chunks) > 1
     schedule = get_forward_backward_func(
@@ -186,7 +188,9 @@ def objective_pass(
         )
         return result.loss, torch.zeros((), dtype=torch.int), _token_sums(result, micro, objective)
 
-    sums = run_schedule(model, grid, inputs, forward_step, forward_only=forward_only)
+    sums = run_schedule(
+        model, grid, inputs, forward_step, forward_only=forward_only, balancing=not only
+    )
     totals, bins = _reduce(sums, grid, device=micro_batches[0].tokens.device)
     return _metrics(totals, bins, objective, micro_batches[0])
 

@@ -162,7 +162,7 @@ class Student:
     ) -> dict[str, float]:
         """Norms of what the objective's gradient is a sum of, coefficients included.
 
-        The load-balancing loss of a mixture of experts is part of each.
+        That of a load-balancing loss of experts is in none of them.
         """
         found = {}
         for name in terms:

@@ -74,8 +74,9 @@ def make_student(path, arch, grid, steps=STEPS, dtype="float32", lora=None, **va
     )
 
 
-def train(student, teacher, grid, batch=samples, steps=STEPS, first=0, packed=0):
-    """(curve, weights) as layouts.differences compares them; packed: tokens of a row."""
+def train(student, teacher, grid, batch=samples, steps=STEPS, first=0, packed=0, norms=False):
+    """(curve, weights) as layouts.differences compares them; packed: tokens of a row; norms: of
+    single terms are measured on the way."""
     from megaopd.trainer.batch import make_micro_batches
 
     curve = []
@@ -88,7 +89,7 @@ def train(student, teacher, grid, batch=samples, steps=STEPS, first=0, packed=0)
             pad_id=0,
             loss_agg="token-mean",
         )
-        metrics = student.update(micro_batches, teacher)
+        metrics = student.updates([micro_batches], teacher, term_norms=norms)
         teacher.after_update()
         curve.append((metrics["loss"], metrics["grad_norm"]))
     return curve, {n: float(t.double().abs().sum()) for n, t in student.weights()}
@@ -170,7 +171,9 @@ def test_packed_rows_of_the_student(ranks, checkpoints, reference, batch):
         assert_same(reference(True, batch), found, f"packed, {batch}")
 
 
-def own_ranks(paths, teachers, student_layout, teacher_layout, batch="plain", window=2):
+def own_ranks(
+    paths, teachers, student_layout, teacher_layout, batch="plain", window=2, norms=False, **values
+):
     """On the student's ranks what `train` returns; on the teacher's (most under way, bytes)."""
     import torch.distributed as dist
 
@@ -189,10 +192,10 @@ def own_ranks(paths, teachers, student_layout, teacher_layout, batch="plain", wi
         service = serve({"": (config, teacher_arch)}, parallel(teacher_layout), bridge)
         return service.most_under_way, bridge.sent.get("hidden", 0)
     grid = make_grid(parallel(student_layout))
-    student = make_student(paths[0], arch, grid)
+    student = make_student(paths[0], arch, grid, **values)
     rows = padded_vocab(arch.vocab, grid.tp_size, 8)
     teacher = SeparateTeacher(config, teacher_arch, grid, bridge, vocab_rows=rows, window=window)
-    result = train(student, teacher, grid, BATCHES[batch])
+    result = train(student, teacher, grid, BATCHES[batch], norms=norms)
     teacher.close()
     return result
 
@@ -204,6 +207,15 @@ def test_a_teacher_on_ranks_of_its_own(ranks, checkpoints, reference, name, tied
     assert_same(reference(tied), found[:students], name)
     under_way = [most for most, _ in found[students:]]
     assert max(under_way) == 2, "the teacher never runs ahead by the window, or runs further"
+
+
+def test_rows_that_are_looked_at_twice(ranks, checkpoints):
+    """Passes that only measure take a separate teacher's rows, and the update has them again."""
+    job = (checkpoints[True], 1, (2, 1, True), (1, 1, False))
+    plain, told = (
+        ranks.run(own_ranks, 3, *job, norms=norms, entropy_coef=0.01) for norms in (False, True)
+    )
+    assert plain[:2] == told[:2]
 
 
 @pytest.mark.parametrize("arrangement", ["same", "regrouped", "separate"])

@@ -129,8 +129,13 @@ def test_norms_of_single_terms(ranks, checkpoints):
     assert [len(norms) for _, _, norms in single] == [5, 0, 5]
     for name in ("tp2-dp2-sp-zero1", "pp2"):
         layout = LAYOUTS[name]
-        for told in ranks.run(watched, layout.world, checkpoints, layout, 2, **layouts.MIXED):
-            for mine, one in zip(told, single, strict=True):
+        plain, told = (
+            ranks.run(watched, layout.world, checkpoints, layout, every, **layouts.MIXED)
+            for every in (0, 2)
+        )
+        assert [one[:2] for one in plain[0]] == [one[:2] for one in told[0]]
+        for of_rank in told:
+            for mine, one in zip(of_rank, single, strict=True):
                 assert mine[2] == pytest.approx(one[2], rel=1e-3), name
     (alone,) = ranks.run(watched, 1, checkpoints, SINGLE, 1, loss="fkl")
     assert [norms for _, _, norms in alone] == [{}, {}, {}]  # grad_norm is that of its only term

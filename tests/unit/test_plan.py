@@ -241,8 +241,10 @@ def test_a_teacher_on_ranks_of_its_own():
         job_of(config, 4)
     apart, together = job_of(config, 8), job_of(config, 4 + 4, teacher_layout="tensor=4")
     assert (apart.world, apart.teacher_world) == (4, 4) and apart == together
+    assert apart.placement == "separate" and apart.regrouped
     gpu = GPUS["h100"]
-    beside = evaluate(dataclasses.replace(apart, world=8, teacher_world=0), gpu)
+    same = {"world": 8, "teacher_world": 0, "placement": "same"}
+    beside = evaluate(dataclasses.replace(apart, **same), gpu)
     found = evaluate(apart, gpu)
     teacher = found.memory[-1]
     assert (teacher.own, teacher.name, teacher.gradients) == (True, "teacher 0", 0)
@@ -262,8 +264,15 @@ def test_a_teacher_on_ranks_of_its_own():
     larger = dataclasses.replace(apart, teacher_world=3)
     with pytest.raises(UserError, match="3 ranks do not divide"):
         check_job(larger)
-    fits = search(dataclasses.replace(apart, student=Side(one, ParallelConfig())), gpu).fits
-    assert {fit.job.teacher.layout.tensor for fit in fits} == {4}
+    small = dataclasses.replace(apart, student=Side(one, ParallelConfig()))
+    assert {fit.job.teacher.layout.tensor for fit in search(small, gpu).fits} == {4}
+    thick = dataclasses.replace(apart, teacher=Side(apart.teacher.model, ParallelConfig()))
+    with pytest.raises(UserError, match=r"on teacher 0 of its own ranks[^\0]*fix: raise teacher_p"):
+        best(search(thick, gpu))
+    # A step's hidden states at once where the objective looks at them twice; scored before it.
+    held = evaluate(dataclasses.replace(apart, held=True, scored_first=True), gpu)
+    assert held.memory[0].hidden == 2 * beside.memory[0].hidden  # of half as many replicas
+    assert held.seconds.teacher > found.seconds.teacher
 
 
 def test_search_finds_what_fits_and_says_why_the_rest_does_not():

@@ -94,6 +94,7 @@ def planned(case: Case) -> Any:
         student=side(case.hidden, case.layout),
         teacher=side(case.teacher_hidden, own) if case.teacher_hidden else None,
         world=case.world - case.teacher_ranks,
+        placement=_placement(case),
         teacher_world=case.teacher_ranks,
         samples=case.samples,
         sequence=case.sequence,
@@ -103,6 +104,12 @@ def planned(case: Case) -> Any:
         spec="local",
         distributed=case.distributed,
     )
+
+
+def _placement(case: Case) -> Any:
+    if case.teacher_ranks:
+        return "separate"
+    return "regrouped" if case.teacher_layout else "same"
 
 
 def measure_update(case: Case) -> dict[str, Any]:

@@ -61,8 +61,8 @@ class Exchange:
         kept = []  # alive until it has been sent
         for job in jobs:
             replica = job.replica(self.teacher.dp_size)
-            for number, (receiver, rows) in enumerate(job.receivers):
-                sender = self.senders[replica, sender_of(number, self.teacher.tp_size)]
+            for receiver, rows in job.receivers:
+                sender = self.senders[replica, sender_of(receiver, self.teacher.tp_size)]
                 key = (job.index, receiver)
                 if me == sender == receiver:
                     found[key] = pieces.pop(key)

@@ -143,9 +143,9 @@ class Inbox:
         """Receive one request's rows; take(number, micro) then gives them, once each, in order."""
         numbers = set()
         for job in jobs:
-            for number, (receiver, rows) in enumerate(job.receivers):
+            for receiver, rows in job.receivers:
                 if receiver == teacher.grid.rank:
-                    sender = teacher.senders.rank_of(job, number)
+                    sender = teacher.senders.rank_of(job, receiver)
                     self.coming.append(Incoming(teacher, job.micro, len(rows), sender))
                     numbers.add(job.micro)
         self._post()

@@ -20,7 +20,8 @@ Deliver = Callable[[Job, list[tuple[int, Any]]], None]
 
 
 def sender_of(receiver: int, tp_size: int) -> int:
-    """The tensor rank that sends to a job's receiver number `receiver`: they share the work."""
+    """The tensor rank that sends to the student's rank `receiver`: they share the work, also where
+    each job has one receiver, and on the same ranks most rows stay where they are."""
     return receiver % tp_size
 
 
@@ -57,8 +58,8 @@ def run_jobs(
         hidden = whole_sequence(hidden, grid).reshape(-1, hidden.shape[-1])
         mine = [
             (rank, pick(hidden, rows, job, count))
-            for number, (rank, rows) in enumerate(job.receivers)
-            if sender_of(number, grid.tp_size) == grid.tp_rank
+            for rank, rows in job.receivers
+            if sender_of(rank, grid.tp_size) == grid.tp_rank
         ]
         deliver(job, mine)
 
