@@ -29,6 +29,7 @@ FOLDER = "heartbeats"
 # Frames of these files mean that a thread waits for other ranks.
 COLLECTIVE = ("torch/distributed/", "pipeline_parallel/p2p_communication", "megaopd/worlds.py")
 TEACHING = "teach"  # the phase of ranks of the teacher's own, which enter no others
+ASLEEP = 2.0  # seconds late, beyond three rounds, of a thread whose process was stopped
 LINES = 24  # of the straggler's stack in the report
 
 
@@ -74,7 +75,7 @@ class Watchdog:
         self.dir, self.rank, self.world, self.stall = run_dir / FOLDER, rank, world, stall_s
         self.out = out or sys.stderr
         self.interval = min(10.0, max(0.2, stall_s / 20))
-        self._ticks = 0
+        self._ticks, self._since = 0, 0.0
         self._seen: dict[int, tuple[int, float]] = {}  # rank -> its last tick, since when
         self._dumped: Place | None = None
         self._stop = threading.Event()
@@ -98,8 +99,12 @@ class Watchdog:
             self._thread.join()
 
     def _run(self) -> None:
+        woken = time.monotonic()
         while not self._stop.wait(self.interval):
-            self._ticks += 1
+            now = time.monotonic()
+            if now - woken > 3 * self.interval + ASLEEP:
+                self._since = now  # this process was stopped (Ctrl-Z) and goes on: no stall
+            self._ticks, woken = self._ticks + 1, now
             age = self._write()
             if age > self.stall and _place is not self._dumped:
                 self._dumped = _place
@@ -115,7 +120,7 @@ class Watchdog:
     def _write(self) -> float:
         """This rank's file, replaced as a whole; the seconds since it moved."""
         place, frames = _place, sys._current_frames()
-        age = time.monotonic() - place.at
+        age = time.monotonic() - max(place.at, self._since)
         main = frames.get(self._main or 0)
         mine = threading.get_ident()
         record = {

@@ -1,8 +1,10 @@
 """Who is named, and what one stuck process says before it ends."""
 
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
@@ -82,3 +84,18 @@ def test_one_that_moves_is_left_alone(tmp_path, stall):
     done = run_stuck(tmp_path, stall, "go")
     assert done.returncode == 0 and "end" in done.stdout and not done.stderr
     assert (tmp_path / "heartbeats").is_dir() == bool(stall)
+
+
+def test_one_that_was_stopped_and_goes_on_is_left_alone(tmp_path):
+    """Ctrl-Z and fg: the time in between is no stall."""
+    command = [sys.executable, "-c", textwrap.dedent(STUCK), str(tmp_path), "3", "go"]
+    with subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as job:
+        while not (tmp_path / "heartbeats" / "rank_0.json").is_file():
+            time.sleep(0.05)
+        job.send_signal(signal.SIGSTOP)
+        time.sleep(6)
+        job.send_signal(signal.SIGCONT)
+        out, err = job.communicate(timeout=50)
+    assert job.returncode == 0 and "end" in out and not err
