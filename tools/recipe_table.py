@@ -127,9 +127,9 @@ def _write(options: Any, records: list[dict[str, Any]]) -> None:
 
 def write_pages() -> None:
     """docs/methods/NAME.md, and an index; a method's figures are from the first of the tables
-    docs/recipes*.json that has it."""
+    docs/recipes*.json that has it. "since" there: by method, what is otherwise today."""
     tables = {
-        path.with_suffix(".md").name: json.loads(path.read_text())["runs"]
+        path.with_suffix(".md").name: json.loads(path.read_text())
         for path in sorted(DOCS.glob("recipes*.json"))
     }
     folder = DOCS / "methods"
@@ -138,14 +138,16 @@ def write_pages() -> None:
     index += ["| method | what | when |", "|---|---|---|"]
     for name in methods():
         one = method(name)
-        found = (t for t, runs in tables.items() if any(r["method"] == name for r in runs))
+        found = (t for t, d in tables.items() if any(r["method"] == name for r in d["runs"]))
         table = next(found, "")
-        (folder / f"{name}.md").write_text(page(one, tables.get(table, []), table))
+        document = tables.get(table, {"runs": []})
+        since = document.get("since", {}).get(name, "")
+        (folder / f"{name}.md").write_text(page(one, document["runs"], table, since))
         index.append(f"| [{name}]({name}.md) | {one.about} | {one.when} |")
     (folder / "README.md").write_text("\n".join([*index, ""]))
 
 
-def page(one: Method, records: list[dict[str, Any]], table: str) -> str:
+def page(one: Method, records: list[dict[str, Any]], table: str, since: str) -> str:
     """What, when, costs, settings, source, and what was measured (in the table of that name)."""
     source = f"arXiv {one.paper}" if one.paper[:4].isdigit() else one.paper
     lines = [f"# {one.name}", "", f"{one.about[0].upper()}{one.about[1:]}. Source: {source}.", ""]
@@ -169,6 +171,7 @@ def page(one: Method, records: list[dict[str, Any]], table: str) -> str:
             f"Measured at laptop scale over {len(d)} seeds: {found['after']:.3f} after, difference "
             f"{statistics.mean(d):+.3f} [{min(d):+.3f}, {max(d):+.3f}] ([all](../{table}))."
         )
+        lines += [since] if since else []
     return "\n".join([*lines, "", "The full variant has not been run on GPUs.", ""])
 
 
