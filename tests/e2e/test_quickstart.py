@@ -7,22 +7,18 @@ import pytest
 
 from tests.e2e.runs import columns, megaopd
 
-# (steps of distillation, accuracy gained, divided KL): as a user runs it, and cut short.
-WHOLE, SHORT = (700, 0.2, 3), (300, 0.1, 1.5)
-
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(
-    ("steps", "gained", "divided"), [SHORT, pytest.param(*WHOLE, marks=pytest.mark.slow)]
-)
-def test_quickstart(tmp_path, steps, gained, divided):
+@pytest.mark.parametrize("steps", [300, pytest.param(700, marks=pytest.mark.slow)])
+def test_quickstart(tmp_path, steps):
+    """As a user runs it (700 steps), and cut short."""
     run_dir = tmp_path / "quickstart"
     first = megaopd("quickstart", "--dir", run_dir, f"run.steps={steps}", timeout=1000)
     assert first.returncode == 0, first.stderr
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["accuracy_before"] < 0.5
-    assert summary["accuracy_after"] > summary["accuracy_before"] + gained
-    assert summary["kl_after"] < summary["kl_before"] / divided
+    assert summary["accuracy_after"] > summary["accuracy_before"] + 0.2
+    assert summary["kl_after"] < summary["kl_before"] / 3
     # Plain transformers scores the exported checkpoint on the same prompts.
     assert summary["transformers_accuracy"] == pytest.approx(summary["accuracy_after"], abs=2e-3)
     for said in ("greedy accuracy", "KL(student || teacher)", "tokens/s", "report:", "next:"):
