@@ -7,7 +7,6 @@ python tools/check_plan.py NAME...    some cases; held-out ones take their place
 import dataclasses
 import json
 import os
-import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megaopd.parallel import ParallelConfig as P  # noqa: E402
+from megaopd.rollout.process import free_port  # noqa: E402
 from tools.bench.updates import Case, compare  # noqa: E402
 
 # Looked at while the tables of plan/layer.py were read off the code; they prove nothing.
@@ -105,9 +105,9 @@ def main(names: list[str]) -> int:
     chosen = [c for c in (*SEEN, *HELD_OUT) if c.name in names] if names else list(HELD_OUT)
     records = []
     # Worlds that split are started for one case alone.
-    together = {(case.world, case.name if case.teacher_ranks else ""): [] for case in chosen}
+    together: dict[tuple[int, str], list[Case]] = {}
     for case in chosen:
-        together[case.world, case.name if case.teacher_ranks else ""].append(case)
+        together.setdefault((case.world, case.name if case.teacher_ranks else ""), []).append(case)
     for (world, _), cases in sorted(together.items()):
         found = run(cases, world)
         for one in found:
@@ -189,10 +189,8 @@ def run(cases: list[Case], world: int) -> list[dict[str, Any]]:
     """Prediction and measurement of every rank of these cases, on the same processes."""
     import torch
 
-    with tempfile.TemporaryDirectory(prefix="plan-") as folder, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        port = free_port("127.0.0.1")
         torch.multiprocessing.spawn(_rank, (cases, world, folder, port), nprocs=world)
         found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world)]
         return [one for of_case in zip(*found, strict=True) for one in of_case]

@@ -91,9 +91,8 @@ def _teacher(config: Config, layout: str) -> Side | None:
 
 
 def _placement(config: Config, layout: str) -> Any:
-    return (
-        "regrouped" if layout and config.teacher.placement == "same" else config.teacher.placement
-    )
+    placement = config.teacher.placement
+    return "regrouped" if layout and placement == "same" else placement
 
 
 def left_out(config: Config) -> list[str]:

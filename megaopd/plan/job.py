@@ -95,6 +95,11 @@ class Job:
         return self.placement != "same"
 
     @property
+    def together(self) -> list[Side]:
+        """The models that the student's layout is for."""
+        return [self.student, *([self.teacher] if self.teacher and not self.regrouped else [])]
+
+    @property
     def micro_batches(self) -> int:
         """Of a step, on one data-parallel rank."""
         return math.ceil(self.samples / (self.micro_batch * self.student.data(self.world)))

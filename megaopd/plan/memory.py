@@ -40,21 +40,21 @@ class StageMemory:
     of its own."""
 
     stage: int
-    weights: float
-    gradients: float
-    optimizer: float
-    teacher_weights: float
-    rollout: float
-    buffers: float  # sequence-parallel gathers and position tables, kept between steps
-    batch: float  # the step's token ids and numbers
-    hidden: float  # the teacher's hidden states of the step
-    in_flight: float  # micro-batches whose backward pass is still to come
-    saved: float  # activations of one of them
-    teacher_phase: float
-    forward_phase: float  # activations in flight included
-    backward_phase: float
-    optimizer_phase: float
-    reserve: float
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    teacher_weights: float = 0.0
+    rollout: float = 0.0
+    buffers: float = 0.0  # sequence-parallel gathers and position tables, kept between steps
+    batch: float = 0.0  # the step's token ids and numbers
+    hidden: float = 0.0  # the teacher's hidden states of the step
+    in_flight: float = 0.0  # micro-batches whose backward pass is still to come
+    saved: float = 0.0  # activations of one of them
+    teacher_phase: float = 0.0
+    forward_phase: float = 0.0  # activations in flight included
+    backward_phase: float = 0.0
+    optimizer_phase: float = 0.0
+    reserve: float = 0.0
     own: bool = False
 
     @property
@@ -283,11 +283,8 @@ def teacher_memory(job: Job, stage: int, *, reserve: float = 0.0) -> StageMemory
     sizes, last = Sizes.of(job, side), stage == side.layout.pipeline - 1
     waiting = _under_way(job) if last else 0.0
     whole = sizes.full if last and side.layout.sequence else 0.0  # gathered, to pick rows from
-    held = {"in_flight": 0.0, "saved": 0.0, "forward_phase": 0.0, "backward_phase": 0.0}
-    none = dict.fromkeys(("gradients", "optimizer", "rollout", "optimizer_phase"), 0.0)
     return StageMemory(
         stage=stage,
-        weights=0.0,
         teacher_weights=weights,
         buffers=4 * job.padded_sequence * side.arch.head_dim + (sizes.stream if stage else 0.0),
         batch=8 * sizes.t,
@@ -295,8 +292,6 @@ def teacher_memory(job: Job, stage: int, *, reserve: float = 0.0) -> StageMemory
         teacher_phase=peak + whole + waiting + (0 if last else sizes.stream),
         reserve=reserve,
         own=True,
-        **held,
-        **none,
     )
 
 

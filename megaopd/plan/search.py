@@ -70,10 +70,16 @@ def evaluate(job: Job, gpu: Gpu, *, all_stages: bool = True) -> Found:
     ends = sorted({0, job.student.layout.pipeline - 1})
     stages = range(job.student.layout.pipeline) if all_stages else ends
     memory = [stage_memory(job, stage, reserve=gpu.reserve) for stage in stages]
-    if job.teacher and job.teacher_world:
-        own = range(job.teacher.layout.pipeline)
-        memory += [teacher_memory(job, stage, reserve=gpu.reserve) for stage in own]
+    memory += _own_ranks(job, gpu)
     return Found(job, memory, estimate(job, gpu, step_traffic(job)))
+
+
+def _own_ranks(job: Job, gpu: Gpu) -> list[StageMemory]:
+    """The stages of a teacher on ranks of its own; [] where it has none."""
+    if not job.teacher or not job.teacher_world:
+        return []
+    stages = range(job.teacher.layout.pipeline)
+    return [teacher_memory(job, stage, reserve=gpu.reserve) for stage in stages]
 
 
 def search(job: Job, gpu: Gpu) -> Search:
@@ -84,14 +90,13 @@ def search(job: Job, gpu: Gpu) -> Search:
     two or divisors of the layers.
     """
     result = Search(gpu)
-    beyond = [one for one in evaluate(job, gpu).memory if one.own and one.total > gpu.memory]
-    if beyond:  # of the teacher's own ranks: no layout of the student's helps
+    if any(stage.total > gpu.memory for stage in _own_ranks(job, gpu)):
+        # No layout of the student's helps.
         result.too_large.append(evaluate(job, gpu))
         return result
     for layout in _layouts(job, gpu):
-        sides = [job.student, *([job.teacher] if job.teacher and not job.regrouped else [])]
         tried = job.with_layout(layout)
-        reasons = (misfit(replace(side, layout=layout), job.world) for side in sides)
+        reasons = (misfit(side, job.world) for side in tried.together)
         reason = next(filter(None, reasons), "")
         if reason:
             result.reasons[reason] += 1
@@ -108,8 +113,7 @@ def search(job: Job, gpu: Gpu) -> Search:
 
 def _layouts(job: Job, gpu: Gpu) -> Iterator[ParallelConfig]:
     layers = job.student.arch.layers
-    sides = [job.student, None if job.regrouped else job.teacher]
-    experts = max([side.model.experts for side in sides if side], default=0)
+    experts = max(side.model.experts for side in job.together)
     for tensor in _powers(min(gpu.per_node, job.world)):
         for pipeline in sorted({*_powers(job.world), *_divisors(layers, job.world // tensor)}):
             for context in _powers(MOST_CONTEXT):

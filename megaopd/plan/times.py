@@ -56,8 +56,9 @@ def estimate(job: Job, gpu: Gpu, traffic: list[Traffic]) -> Seconds:
     loss = job.epochs * 2 * rows * widths * job.vocab * side.layout.pipeline / rate
     teacher = 0.0
     if job.teacher:
-        own = rate * job.teacher_ranks / job.world
-        teacher = job.epochs * forward_flops(job.teacher, tokens, job.padded_sequence) / own
+        share = job.teacher_ranks / job.world
+        flops = forward_flops(job.teacher, tokens, job.padded_sequence)
+        teacher = job.epochs * flops / (rate * share)
     idle = (side.layout.pipeline - 1) / (job.micro_batches * side.layout.virtual)
     mine = [one for one in traffic if not (job.teacher_world and of_teacher(one))]
     node, network = _links(mine, gpu)

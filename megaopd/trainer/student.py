@@ -136,16 +136,15 @@ class Student:
         several = len(mini_batches) * epochs > 1
         laws = [_law(model, mini_batches[0]) for model in (teacher, reference)]
         terms = list(make_terms(self.objective)) if term_norms else []
-        if len(terms) > 1:  # they are looked at before the update, too
+        terms = terms if len(terms) > 1 else []  # the norm of a single one is grad_norm
+        if terms or self.objective.needs_sequences:  # they are looked at before the update, too
             laws = [None if law is None else law.held() for law in laws]
-        elif laws[0] is not None and self.objective.needs_sequences:
-            laws[0] = laws[0].held()
         prepared = []
         for i, one in enumerate(mini_batches):
             again = i > 0 and self.objective.needs_sequences
             law = _law(teacher, one) if again else laws[0]
             prepared.append(self._look_ahead(one, law, ratio=several))
-        norms = self._term_norms(prepared[0][0], laws, terms) if len(terms) > 1 else {}
+        norms = self._term_norms(prepared[0][0], laws, terms)
         found = []
         for micro_batches, told in [one for _ in range(epochs) for one in prepared]:
             if found:
