@@ -146,7 +146,7 @@ class Dispatcher:
             server
             for server in self.servers
             if server.state == "serving"
-            and len(self._lives[server.name].attempts) < self.config.concurrency
+            and len(self._lives[server.name].attempts) < self.config.under_way
         ]
         if len(free) > 1 and job.avoid:
             free = [server for server in free if server.name != job.avoid]

@@ -600,12 +600,13 @@ class TestAbort:
 
 class TestScheduling:
     def test_a_server_takes_so_many_at_once(self, make_rig: Callable[..., Rig]):
-        rig = make_rig(concurrency=3)
+        """What it runs at once, and half as many that wait there."""
+        rig = make_rig(concurrency=4)
         rig.servers[0].script = [until_aborted(6)] * 10
         session = rig.session()
         for index in range(10):
             session.submit(request(index=index), PARAMS)
-        assert session.wait(0.3) == [] and len(rig.servers[0].bodies) == 3
+        assert session.wait(0.3) == [] and len(rig.servers[0].bodies) == 6
         session.close()
 
     def test_a_prompt_keeps_to_its_server(self, make_rig: Callable[..., Rig]):
