@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 LIMIT = 0.1  # of the peak
-BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megaopd.parallel import ParallelConfig as P  # noqa: E402
 from megaopd.rollout.process import free_port  # noqa: E402
+from tools.bench.pages import fill  # noqa: E402
 from tools.bench.updates import Case, compare  # noqa: E402
 
 # Looked at while the tables of plan/layer.py were read off the code; they prove nothing.
@@ -142,11 +142,8 @@ def _write(records: list[dict[str, Any]]) -> None:
         "worst": max(abs(one["error"]) for one in records),
         "records": records,
     }
-    start, rest = page.read_text().split(f"{BEGIN}\n")
-    after = rest.split(f"{END}\n")[1]
-    table = _table(records)
     path.write_text(json.dumps(document, indent=1) + "\n")
-    page.write_text(f"{start}{BEGIN}\n{table}\n{END}\n{after}")
+    fill(page, "measured", _table(records))
 
 
 def _table(records: list[dict[str, Any]]) -> str:

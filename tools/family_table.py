@@ -25,6 +25,8 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tools.bench.pages import fill  # noqa: E402
+
 # Runs in a child of its own: the peaks of its own children are then those of one conversion. What
 # is mapped from files can be taken back at any time; the rest is looked at every 10 ms.
 PEAK = """
@@ -151,17 +153,12 @@ def conversion_page(rows: list[dict[str, Any]]) -> str:
 
 
 def write(out: Path, part: str, rows: list[dict[str, Any]], page: str) -> None:
-    """Put rows into OUT.json and the table between `<!-- part -->` and `<!-- end -->` of OUT.md."""
+    """Put rows into OUT.json and the table into its place in OUT.md, where there is one."""
     data = out.with_suffix(".json")
     known = json.loads(data.read_text()) if data.exists() else {}
     data.write_text(json.dumps({**known, part: rows}, indent=1) + "\n")
-    text = out.with_suffix(".md")
-    if text.exists():
-        before, mark, rest = text.read_text().partition(f"<!-- {part} -->\n")
-        if not mark:
-            sys.exit(f"{text} has no line <!-- {part} -->")
-        after = rest[rest.index("<!-- end -->") :]
-        text.write_text(f"{before}{mark}{page}\n{after}")
+    if out.with_suffix(".md").exists():
+        fill(out.with_suffix(".md"), part, page)
     print(page)
 
 

@@ -19,6 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools.bench.pages import fill  # noqa: E402
+
 PROMPTS = [
     "Why is the sky blue? Answer in two sentences.",
     "Write a Python function that returns the n-th Fibonacci number.",
@@ -281,7 +286,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """The tables, between the marks of docs/fp8.md, and the numbers beside it."""
+    """The tables, in their place in docs/fp8.md, and the numbers beside it."""
     rows = [json.loads(p.read_text()) for p in arguments.work.glob("*.json") if p.stem != "samples"]
     rows.sort(key=lambda row: list(CASES).index(row["case"]))
     by = {row["case"]: row for row in rows}
@@ -325,11 +330,8 @@ def report(arguments: argparse.Namespace) -> None:
             ]
             lines.append(f"| {row['case']} | {' | '.join(cells)} |")
     arguments.out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-    page = arguments.out.with_suffix(".md")
-    before, rest = page.read_text().split("<!-- study -->\n", 1)
-    _, after = rest.split("<!-- end of study -->\n", 1)
     table = "\n".join(lines)
-    page.write_text(f"{before}<!-- study -->\n{table}\n<!-- end of study -->\n{after}")
+    fill(arguments.out.with_suffix(".md"), "study", table)
     print(table)
 
 

@@ -25,9 +25,9 @@ from tests.dist import layouts  # noqa: E402
 from tests.dist.families import CASES  # noqa: E402
 from tests.dist.layouts import EXPERT_LAYOUTS, LAYOUTS, SINGLE, Layout  # noqa: E402
 from tests.dist.pool import Ranks  # noqa: E402
+from tools.bench.pages import fill  # noqa: E402
 
 SHOWN = ("loss", "grad_norm", "first_grad_norm")
-BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 
 
 def on_cpu(ranks: Any, paths: tuple[str, str], values: dict[str, Any]) -> Any:
@@ -122,21 +122,20 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """OUT.json, and the table in OUT.md between its two marks (which a new file gets)."""
+    """OUT.json, and the table in OUT.md between its two marks (which a new page gets)."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}
     facts = {"steps": arguments.steps, "lr": arguments.lr, "dtype": arguments.dtype, **versions}
     facts["ranks"] = "NCCL" if arguments.cuda else "CPU, gloo"
     out = Path(arguments.out)
     Path(f"{out}.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     page = Path(f"{out}.md")
-    text = page.read_text() if page.is_file() else f"# Layouts\n\n{BEGIN}\n{END}\n"
+    if not page.is_file():
+        page.write_text("# Layouts\n\n<!-- table -->\n<!-- end of table -->\n")
     table = ["| layout | split | ranks | loss | gradient norm | at the first step |"]
     table.append("|---|---|---|---|---|---|")
     table += [_line(row) for row in rows]
     caption = ", ".join(f"{key} {value}" for key, value in facts.items())
-    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    body = "\n".join([*table, "", f"{caption}."])
-    page.write_text(f"{text[:start]}\n{body}\n{text[end:]}")
+    fill(page, "table", "\n".join([*table, "", f"{caption}."]))
 
 
 def main() -> None:

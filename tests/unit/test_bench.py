@@ -16,7 +16,9 @@ from tools.bench.measure import (
     bootstrap_median,
     storage_bytes,
     time_pairs,
+    visited,
 )
+from tools.bench.pages import fill
 from tools.bench.references import Truths, dense_truth
 
 SMALL = cases.Shape(tokens=12, hidden=8, vocab=96, chunk=5)
@@ -115,6 +117,10 @@ def test_pairs_are_interleaved_in_random_order():
     rounds = [blocks[i][0] + blocks[i][1] + blocks[i + 1] for i in range(0, len(blocks), 2)]
     assert all("a" in r and "b" in r for r in rounds)
     assert Pairs([2.0, 3.0], [1.0, 2.0]).ratios() == [2.0, 1.5]
+    seen.clear()
+    result = time_pairs(steps, lambda: seen.append("-"), 6, fewer={"b": 2})
+    assert {name: len(pairs.yardstick) for name, pairs in result.items()} == {"a": 6, "b": 2}
+    assert visited(2, 6) == [2, 5] and visited(9, 3) == [0, 1, 2] and len(seen) == 16
 
 
 def test_unchunked_ratio_divides_neighbours_of_the_same_round():
@@ -243,3 +249,15 @@ def test_ratios_to_every_yardstick():
     assert record["ratio_summed"]["low"] == pytest.approx(1.0)
     assert record["ratio_summed"]["high"] == pytest.approx(1.2 / 1.1)
     assert "ratio_unchunked" not in record
+
+
+def test_a_table_goes_between_its_marks_and_nowhere_else(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A\n\n<!-- one -->\nold\nold\n<!-- end of one -->\n\nrest\n")
+    for text in ("| a |", "| b |\n"):
+        fill(page, "one", text)
+    assert page.read_text() == "# A\n\n<!-- one -->\n| b |\n<!-- end of one -->\n\nrest\n"
+    before = page.read_text()
+    with pytest.raises(SystemExit, match="end of two"):
+        fill(page, "two", "lost")
+    assert page.read_text() == before

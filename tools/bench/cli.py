@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     names,
                     skipped,
                     max_gib=options.max_gib,
+                    other_pairs=options.other_pairs,
                 )
                 if preset.gradients:
                     job = replace(job, truths=Path(folder))
@@ -126,6 +127,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     add("--vocab", type=int)
     add("--chunk", type=int, help="tokens whose logits are held at once; default: the losses' own")
     add("--pairs", type=int, help="timed pairs a method; 0: no timing")
+    add("--other-pairs", type=int, help="of the other implementations; default: as many")
     add("--tp", type=int, nargs="+", metavar="N", help="numbers of ranks, each measured in turn")
     add("--cases", nargs="+", metavar="NAME", help=f"of {', '.join(CASES)}, each also with +stats")
     add("--alternatives", action=argparse.BooleanOptionalAction, default=None)
@@ -134,10 +136,10 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     add("--out", type=Path, default=Path("docs/bench_loss"), help="without ending")
     add("--merge", action="store_true", help="keep the tables that are already in --out")
     options = parser.parse_args(argv)
-    for name in ("tokens", "hidden", "vocab", "chunk", "pairs"):
+    for name in ("tokens", "hidden", "vocab", "chunk", "pairs", "other_pairs"):
         value = getattr(options, name)
         if value is not None and value < (0 if name == "pairs" else 1):
-            parser.error(f"--{name} {value}: expected a positive number")
+            parser.error(f"--{name.replace('_', '-')} {value}: expected a positive number")
     preset = _preset(options)
     for shape in preset.shapes:
         for ranks in preset.ranks:

@@ -11,7 +11,7 @@ import random
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -248,16 +248,25 @@ class Pairs:
         return [a / b for a, b in zip(self.step, self.yardstick, strict=True)]
 
 
+def visited(wanted: int, rounds: int) -> list[int]:
+    """The rounds in which a step is timed that is wanted so often: spread over all of them."""
+    wanted = min(wanted, rounds)
+    return [i for i in range(rounds) if i * wanted // rounds != (i + 1) * wanted // rounds]
+
+
 def time_pairs(
     steps: dict[str, Step],
     yardstick: Step,
     rounds: int,
     *,
+    fewer: Mapping[str, int] | None = None,
     before: Step = lambda: None,
     advance: Step = lambda: None,
     seed: int = 0,
 ) -> dict[str, Pairs]:
     """Each round visits all steps in a new random order and times each beside the yardstick.
+
+    fewer: steps that are visited in so many rounds only.
 
     Which of the two goes first is drawn as well, the same on every rank that uses the same seed.
     `before` (a barrier, the removal of old gradients) runs ahead of every measurement, garbage is
@@ -266,11 +275,14 @@ def time_pairs(
     generator = random.Random(seed)
     names = list(steps)
     result = {name: Pairs([], []) for name in names}
+    when = {name: set(visited((fewer or {}).get(name, rounds), rounds)) for name in names}
     gc.freeze()  # what libraries hold is not searched again at each collection
     try:
-        for _ in range(rounds):
+        for number in range(rounds):
             generator.shuffle(names)
             for name in names:
+                if number not in when[name]:
+                    continue
                 pair = [(result[name].step, steps[name]), (result[name].yardstick, yardstick)]
                 generator.shuffle(pair)
                 for seconds, step in pair:

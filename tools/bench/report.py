@@ -138,11 +138,13 @@ def _section(records: list[Record]) -> list[str]:
     base = next((r["products_seconds"] for r in records if "products_seconds" in r), None)
     lines = [f"## {title}: {ranks}", ""]
     if base is not None:
-        pairs = next(r["pairs"] for r in records if "pairs" in r)
+        counts = sorted({r["pairs"] for r in records if "pairs" in r}, reverse=True)
+        others = "".join(f", {n} of other implementations" for n in counts[1:])
+        pairs = f"{counts[0]} pairs{others}"
         crowded = f" Only {one['cores']} cores: the ranks take turns." * (
             one["ranks"] > one["cores"]
         )
-        lines += [f"The products in chunks take {base:.3f} s. {pairs} pairs.{crowded}", ""]
+        lines += [f"The products in chunks take {base:.3f} s. {pairs}.{crowded}", ""]
     lines += [f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER)]
     rows = [r for r in records if r["skipped"] is None]
     lines += [f"| {' | '.join(row(record))} |" for record in rows]
@@ -231,6 +233,8 @@ def draw(path: Path, records: list[Record]) -> None:
 
     shown = [r for r in records if r["skipped"] is None and r["method"] != CHUNKED]
     shapes = [list(g) for _, g in groupby(shown, lambda r: table_key(r)[:4])]
+    # What was measured for its memory alone has a table of its own.
+    shapes = [group for group in shapes if any("ratio" in r for r in group)] or shapes
     if not shapes:
         return
     heights = [1.2 + 0.32 * len({r["method"] for r in group}) for group in shapes]
@@ -245,7 +249,7 @@ def draw(path: Path, records: list[Record]) -> None:
         _bars(memory, group, _peak_mb, lambda r: r["output_bytes"] / 1e6)
         memory.set_title("peak MB beyond inputs (pale: the outputs)", fontsize=9)
         memory.set_yticklabels([])
-        time.legend(frameon=False, fontsize=8)
+        memory.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Software": ""})
 
 

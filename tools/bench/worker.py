@@ -14,7 +14,15 @@ from torch import Tensor
 
 from .alternatives import alternatives
 from .cases import Forward, Inputs, Method, Products, Shape, our_methods
-from .measure import Collectives, LiveBytes, Pairs, bootstrap_median, storage_bytes, time_pairs
+from .measure import (
+    Collectives,
+    LiveBytes,
+    Pairs,
+    bootstrap_median,
+    storage_bytes,
+    time_pairs,
+    visited,
+)
 from .references import Truths
 
 Record = dict[str, Any]
@@ -36,6 +44,12 @@ class Job:
     skipped: dict[str, str] = field(default_factory=dict)  # name -> reason, found by probe()
     truths: Path | None = None
     max_gib: float = 8.0
+    other_pairs: int | None = None  # of methods that are not ours; None: as many
+
+    def pairs_of(self, method: str) -> int:
+        """Timed pairs of a method, or of one of the products' rows."""
+        ours = method not in self.methods or all_methods()[method].ours
+        return self.pairs if ours or self.other_pairs is None else min(self.pairs, self.other_pairs)
 
 
 def all_methods() -> dict[str, Method]:
@@ -105,7 +119,7 @@ def total_steps(job: Job) -> int:
     """How often measure() calls advance()."""
     runnable = [n for n in job.methods if unfit(all_methods()[n], job) is None]
     others = len(_others(job)) - (not _unchunked_fits(job))
-    return len(runnable) + job.pairs * (len(runnable) + others)
+    return len(runnable) + job.pairs * others + sum(job.pairs_of(name) for name in runnable)
 
 
 def _others(job: Job) -> tuple[str, ...]:
@@ -218,7 +232,12 @@ def _time(
         summed()
     chunked()
     for name, pairs in time_pairs(
-        steps, chunked, job.pairs, before=before, advance=advance
+        steps,
+        chunked,
+        job.pairs,
+        fewer={name: job.pairs_of(name) for name in steps},
+        before=before,
+        advance=advance,
     ).items():
         records[name]["samples"] = asdict(pairs)
 
@@ -263,7 +282,8 @@ def summarise(records: list[Record]) -> None:
         record["products_seconds"] = statistics.median(pairs.yardstick)
         record["ratio"] = asdict(bootstrap_median(ratios))
         for key, other in others.items():
-            double = [a / b for a, b in zip(ratios, other, strict=True)]
+            same_rounds = [other[i] for i in visited(len(ratios), len(other))]
+            double = [a / b for a, b in zip(ratios, same_rounds, strict=True)]
             record[key] = asdict(bootstrap_median(double))
 
 
