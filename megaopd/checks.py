@@ -6,6 +6,7 @@ Part of schema.Config's own checks; each of these says got, expected and the fix
 from typing import TYPE_CHECKING
 
 from megaopd.errors import UserError
+from megaopd.objectives.validate import needs
 
 if TYPE_CHECKING:
     from megaopd.schema import Config
@@ -37,6 +38,41 @@ def check_skills(config: "Config") -> None:
             "data.teacher_sees = skill with remote_teacher.addresses",
             expected="a teacher in this job: Skill-SD's is the student of the last step",
             fix="set teacher.kind=periodic teacher.sync_every=1, and remove [remote_teacher]",
+        )
+
+
+def check_teacher_mix(config: "Config") -> None:
+    """A teacher that the embedded engine can hold a copy of, and weights for what it draws."""
+    share, teacher, o = config.rollout.teacher_mix, config.teacher, config.objective
+    if not share:
+        return
+    for wrong, fix in (
+        (not config.on_policy and f"objective.loss = {o.loss}", "a loss on the student's samples"),
+        (not teacher.path and "no teacher.path", "teacher.path"),
+        (
+            teacher.placement != "same" and f"teacher.placement = {teacher.placement}",
+            "teacher.placement=same",
+        ),
+        (teacher.offload and "teacher.offload = true", "teacher.offload=false"),
+        (
+            config.data.teacher_sees and f"data.teacher_sees = {config.data.teacher_sees}",
+            "data.teacher_sees=''",
+        ),
+        # Its weights of whole samples are those of the student's own.
+        (o.rl == "dpg" and "objective.rl = dpg", "objective.rl=ppo"),
+    ):
+        if wrong:
+            raise UserError(
+                f"rollout.teacher_mix = {share} with {wrong}",
+                expected="samples, and a frozen teacher beside the student that reads its prompts",
+                fix=f"set {fix}, or rollout.teacher_mix=0",
+            )
+    losses = [o, *([o.at(o.second_from)] if o.second_loss else [])]
+    if any(needs(one).ratio for one in losses) and o.tis != "token":
+        raise UserError(
+            f"rollout.teacher_mix = {share} with objective.tis = {o.tis}",
+            expected="importance weights of each token: the sampled ones are not the student's own",
+            fix="set objective.tis=token",
         )
 
 

@@ -64,9 +64,9 @@ def _accuracy(name: str, samples: Sequence[Sample]) -> dict[str, Figure]:
 
 
 def _sampled(parts: Parts, prompts: list[Prompt]) -> dict[str, Any]:
-    """Of eval.samples responses a prompt, by the law of [rollout]."""
-    n = parts.config.eval.samples
-    samples = parts.verify(parts.sampler.generate(prompts, -2, n, parts.sampler.buffer.params))
+    """Of eval.samples responses a prompt, by the student's law under [rollout]."""
+    n, params = parts.config.eval.samples, parts.sampler.buffer.params.own()
+    samples = parts.verify(parts.sampler.generate(prompts, -2, n, params))
     found: dict[str, Any] = {}
     rewards = [s.reward for s in samples if s.reward is not None]
     if len(rewards) == len(samples):

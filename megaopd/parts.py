@@ -286,7 +286,7 @@ class Parts:
         rewards = [s.reward for s in greedy if s.reward is not None]
         result = {"accuracy": sum(rewards) / len(rewards)} if rewards else {}
         if self.teacher is not None or self.remote is not None:
-            sampled = self.sampler.generate(self.held_out, -2, 1, self.sampler.buffer.params)
+            sampled = self.sampler.generate(self.held_out, -2, 1, self.sampler.buffer.params.own())
             self.sampler.take_turn()
             scored = self.score_samples(sampled)
             result |= scored | self.pi_gap(sampled, scored)

@@ -164,7 +164,9 @@ def install() -> None:
     # Raised inside the mode below on megatron-core's behalf.
     for text in ("Please use DTensor", "The .grad attribute", ".*is deprecated. Please use"):
         warnings.filterwarnings("ignore", message=text)
-    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
+    # SGLang's torchao, which transformers imports, says what of it only a GPU can load.
+    for name in ("megatron.core.rerun_state_machine", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     _patch_torch_cuda()
     _patch_rng_tracker()
     _patch_optimizer()

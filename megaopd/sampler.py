@@ -9,6 +9,7 @@ from megaopd.data.prompts import PromptStream
 from megaopd.data.tasks import environment_task
 from megaopd.data.types import Prompt, Sample
 from megaopd.inputs import eos_ids, pad_id, reward_of
+from megaopd.models.stream import WeightStream
 from megaopd.parallel import Grid
 from megaopd.rollout.agent import AgentEngine
 from megaopd.rollout.base import Probe, RolloutEngine, SamplingParams
@@ -18,6 +19,7 @@ from megaopd.schema import Config
 from megaopd.trainer.offload import TurnTaking
 from megaopd.trainer.remote_teacher import RemoteTeacher
 from megaopd.trainer.student import Student
+from megaopd.trainer.teacher import Teacher
 from megaopd.trainer.teachers.base import BaseTeacher
 
 PROBE_TOKENS = 16  # of the text that is checked after every sync
@@ -150,6 +152,9 @@ def make_sampler(
         run_dir=Path(config.run.dir),
         grid=grid,
     )
+    if isinstance(teacher, Teacher) and config.rollout.teacher_mix and training:
+        weights = WeightStream(teacher.chunks, teacher.arch, grid)
+        inner.mix_in(config.teacher.hf_dir, weights)  # pyright: ignore[reportAttributeAccessIssue]
     engine = AgentEngine(
         inner,
         tokenizer,

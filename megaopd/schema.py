@@ -14,6 +14,7 @@ from megaopd.checks import (
     check_mix,
     check_reference,
     check_skills,
+    check_teacher_mix,
     check_term_norms,
     check_updates,
 )
@@ -147,6 +148,7 @@ class Config:
         check_reference(self)
         check_mix(self)
         check_updates(self)
+        check_teacher_mix(self)
         check_term_norms(self)
         check_skills(self)
         # Every engine reports the law that it samples from; the data's answers have none.
@@ -371,4 +373,6 @@ def sampling_values(values: dict[str, Any]) -> dict[str, Any]:
     """The values of a run whose model only samples: what it would train on is left out."""
     dropped = ("teacher", "teachers", "teacher_parallel", "reference", "remote_teacher", "mix")
     kept = {name: section for name, section in values.items() if name not in dropped}
+    if isinstance(kept.get("rollout"), dict):
+        kept["rollout"] = {k: v for k, v in kept["rollout"].items() if k != "teacher_mix"}
     return {**kept, "objective": {"loss": "none", "rl": "ppo", "advantage": "reward"}}

@@ -105,6 +105,9 @@ def left_out(config: Config) -> list[str]:
         f"teacher.kind = {teacher.kind}": teacher.follows,
         f"teacher.offload = {teacher.offload}": teacher.offload,
         "[teachers]": config.teachers,
+        f"rollout.teacher_mix = {config.rollout.teacher_mix} (a whole teacher on every rank)": (
+            config.rollout.teacher_mix
+        ),
         f"trainer.mini_batches = {config.trainer.mini_batches}": config.trainer.mini_batches > 1,
         f"trainer.term_norms_every = {config.trainer.term_norms_every}": (
             config.trainer.term_norms_every

@@ -66,6 +66,8 @@ def _collapse(first: Metrics, now: Metrics) -> str:
     entropy, teacher = now.get("entropy", 1.0), now.get("teacher_entropy")
     if entropy >= LEAST_ENTROPY or entropy > first.get("entropy", 0.0) / 2:
         return ""
+    if "reward" not in now and teacher is None and distance(now) is None:
+        return ""  # supervised: nothing is sampled, and examples that are learnt are certain
     if now.get("reward", 0.0) >= SOLVED or (teacher is not None and entropy > teacher / 2):
         return ""
     return f"the student's entropy fell from {first['entropy']:.2f} to {entropy:.3f} nats a token"

@@ -28,15 +28,25 @@ class SamplingParams:
     min_p: float = 0.0  # tokens below min_p x the largest probability are cut; 0: off
     stop_ids: tuple[int, ...] = ()  # more ids that end a response, beside the engine's end tokens
     top_ids: int = 0  # also report this many most probable ids (at temperature 1) of each position
+    teacher_mix: float = 0.0  # share of the teacher's law, cut in the same way (embedded engine)
 
     @classmethod
     def from_config(cls, config: RolloutConfig) -> "SamplingParams":
         return cls(
-            config.max_new_tokens, config.temperature, config.top_p, config.top_k, config.min_p
+            config.max_new_tokens,
+            config.temperature,
+            config.top_p,
+            config.top_k,
+            config.min_p,
+            teacher_mix=config.teacher_mix,
         )
 
     def greedy(self) -> "SamplingParams":
-        return replace(self, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
+        return replace(self.own(), temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
+
+    def own(self) -> "SamplingParams":
+        """The student's law alone."""
+        return replace(self, teacher_mix=0.0)
 
     @property
     def truncated(self) -> bool:

@@ -20,6 +20,8 @@ class RolloutConfig:
     top_p: float = 1.0  # sampling is cut to the smallest set with this mass; 1 is off
     top_k: int = 0  # sampling is cut to this many tokens; 0 is off
     min_p: float = 0.0  # sampling is cut to tokens above min_p x the largest probability; 0 is off
+    # Share of the teacher in the law that tokens are drawn from (MiniLLM: 0.2; embedded engine).
+    teacher_mix: float = 0.0
     batch_size: int = 256  # sequences generated together on one rank (embedded engine)
     # How many optimizer steps old the weights of a sampled token may be. 0: sampling and training
     # take turns; 1: step t + 1 is sampled while step t trains; n: up to n steps are under way.
@@ -42,6 +44,20 @@ class RolloutConfig:
             raise UserError(f"rollout.min_p = {self.min_p}", expected="in [0, 1)")
         if self.top_k < 0:
             raise UserError(f"rollout.top_k = {self.top_k}", expected="0 (off) or above")
+        if not 0 <= self.teacher_mix <= 0.5:
+            raise UserError(
+                f"rollout.teacher_mix = {self.teacher_mix}",
+                expected="in [0, 0.5]: above, importance weights exceed 2, where they are cut",
+            )
+        if self.teacher_mix and (self.engine != "embedded" or not self.temperature):
+            raise UserError(
+                f"rollout.teacher_mix = {self.teacher_mix} with "
+                f"rollout.engine = {self.engine}, temperature = {self.temperature}",
+                expected="the embedded engine, which holds both models, and sampling: a server has "
+                "one model",
+                fix="set rollout.engine=embedded and rollout.temperature=1.0, or "
+                "rollout.teacher_mix=0",
+            )
         if self.staleness < 0:
             raise UserError(f"rollout.staleness = {self.staleness}", expected="0 or above")
         if self.oversample < 1:
@@ -61,9 +77,9 @@ class RolloutConfig:
 
     @property
     def whole_law(self) -> bool:
-        """Whether tokens are drawn from the model's own law: temperature 1, nothing cut off."""
+        """Whether tokens come from the model's own law: temperature 1, nothing cut or mixed."""
         cut = self.top_p < 1 or self.top_k > 0 or self.min_p > 0
-        return self.temperature == 1.0 and not cut
+        return self.temperature == 1.0 and not cut and not self.teacher_mix
 
     @property
     def samples_per_step(self) -> int:
@@ -93,7 +109,7 @@ class ServerConfig:
     health_misses: int = 3  # looks without an answer until a server counts as lost
     retries: int = 4  # of one request, with back-off, before the run fails
     restarts: int = 10  # of one server in a run, before the run fails
-    concurrency: int = 256  # requests under way on one server
+    concurrency: int = 256  # requests that one server runs at once; half as many more wait there
     # How weights reach a server; auto: broadcast, but tensor where servers share the trainer's GPUs
     # (a process group cannot have two ranks on one) and disk with data parallel inside a server.
     sync: Literal["auto", "tensor", "disk", "broadcast"] = "auto"
@@ -136,6 +152,12 @@ class ServerConfig:
                 expected="servers on the trainer's own GPUs, started by it",
                 fix="leave server.addresses empty, or set server.placement=separate",
             )
+
+    @property
+    def under_way(self) -> int:
+        """Requests sent to one server and not answered: what it runs, and what is there at once
+        when one of those ends while the client's process is busy with an update."""
+        return self.concurrency + self.concurrency // 2
 
     @property
     def method(self) -> Literal["tensor", "disk", "broadcast"]:

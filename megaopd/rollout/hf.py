@@ -21,6 +21,7 @@ from megaopd.errors import UserError
 from megaopd.models.arch import architecture, read_hf_config
 from megaopd.rollout.base import NeedsWeights, Probe, Request, SamplingParams, check_requests
 from megaopd.rollout.hf_names import by_file_name
+from megaopd.rollout.mixed import ReadAlong, mixture
 
 
 class EmbeddedEngine:
@@ -54,6 +55,7 @@ class EmbeddedEngine:
         self.model.generation_config.pad_token_id = pad_id
         self.eos_ids, self.pad_id, self.batch_size = frozenset(eos_ids), pad_id, batch_size
         self.weight_version = -1
+        self.teacher: Any = None  # a transformers model, for SamplingParams.teacher_mix
         arch = architecture(read_hf_config(hf_dir), where=str(hf_dir))
         self.parameters = by_file_name(self.model.state_dict(keep_vars=True), arch)
 
@@ -84,6 +86,18 @@ class EmbeddedEngine:
                 target.copy_(arrived.pop(name))
         self.weight_version = version
         return {}
+
+    def mix_in(self, hf_dir: str | Path, weights: Iterable[tuple[str, Any]]) -> None:
+        """Hold a teacher beside the student, for SamplingParams.teacher_mix; it stays as it is."""
+        other = EmbeddedEngine(
+            hf_dir,
+            eos_ids=tuple(self.eos_ids),
+            pad_id=self.pad_id,
+            dtype=self.model.dtype,
+            device=self.model.device,
+        )
+        other.update_weights(weights, 0)
+        self.teacher = other.model
 
     def session(self) -> "EmbeddedSession":
         return EmbeddedSession(self)
@@ -118,6 +132,21 @@ class EmbeddedEngine:
         check_requests(
             requests, params, vocab=config.vocab_size, max_positions=config.max_position_embeddings
         )
+        if params.teacher_mix:
+            self._check_mixture(requests, params.teacher_mix)
+
+    def _check_mixture(self, requests: Sequence[Request], share: float) -> None:
+        if self.teacher is None:
+            raise UserError(
+                "teacher_mix without a teacher in the engine", expected="mix_in() before"
+            )
+        for prompt in (request.prompt for request in requests):
+            if prompt.teacher_prompt_ids not in (None, prompt.token_ids):
+                raise UserError(
+                    f"prompt {prompt.id!r} has a teacher's prompt of its own",
+                    expected="none with rollout.teacher_mix: both models read the same one",
+                    fix="set rollout.teacher_mix=0, or remove teacher_prompt from the data",
+                )
 
     @torch.no_grad()
     def generate_batch(self, requests: Sequence[Request], params: SamplingParams) -> list[Sample]:
@@ -133,7 +162,8 @@ class EmbeddedEngine:
         mask = torch.tensor(
             [[0] * len(pad) + [1] * (width - len(pad)) for pad in padded], device=device
         )
-        sampler = SeededSampler([r.seed for r in requests], params)
+        along = ReadAlong(self.teacher, mask) if params.teacher_mix else None
+        sampler = SeededSampler([r.seed for r in requests], params, along)
         ends = self.eos_ids | set(params.stop_ids)
         out = self.model.generate(
             input_ids=ids.to(device),
@@ -239,8 +269,10 @@ class SeededSampler(LogitsProcessor):
     generate() then only has to follow: the returned scores have one finite entry per row.
     """
 
-    def __init__(self, seeds: Sequence[int], params: SamplingParams) -> None:
-        self.params = params
+    def __init__(
+        self, seeds: Sequence[int], params: SamplingParams, along: ReadAlong | None = None
+    ) -> None:
+        self.params, self.along = params, along
         self.seeds = torch.tensor(seeds)
         self.log_probs: list[torch.Tensor] = []  # [B] of each step
         self.top_ids: list[torch.Tensor] = []  # [B, K] of each step
@@ -250,7 +282,11 @@ class SeededSampler(LogitsProcessor):
         step = len(self.log_probs)
         if self.params.top_ids:
             self.top_ids.append(scores.topk(min(self.params.top_ids, scores.shape[1])).indices)
-        log_probs = noisy = law(scores.float(), self.params)
+        log_probs = law(scores.float(), self.params)
+        if self.along is not None:
+            other = law(self.along(input_ids, scores.shape[1]), self.params)
+            log_probs = mixture(log_probs, other, self.params.teacher_mix)
+        noisy = log_probs
         if self.params.temperature > 0:
             noisy = log_probs + gumbel(self.seeds.to(scores.device), step, scores.shape[1])
         chosen = noisy.argmax(-1, True)

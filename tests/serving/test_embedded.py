@@ -1,14 +1,16 @@
 """The embedded engine obeys the contract of every engine."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megaopd.rollout.base import NeedsWeights, SamplingParams
+from megaopd.errors import UserError
+from megaopd.rollout.base import NeedsWeights, Request, SamplingParams
 from megaopd.rollout.hf import EmbeddedEngine, law
-from tests.dist.models import VOCAB
+from tests.dist.models import VOCAB, tiny
 from tests.serving import reference as truth
 from tests.serving.conformance import EOS, Conformance, weights_of
 from tests.serving.reference import many, requests
@@ -53,6 +55,48 @@ class TestEmbedded(Conformance):
         for _, tensor in stream:
             tensor.zero_()
         assert engine.generate(requests(), SamplingParams(4)) == before
+
+    @pytest.mark.parametrize("params", [SamplingParams(6), SamplingParams(6, 1.3, 0.9, min_p=0.02)])
+    def test_tokens_of_a_mixture_with_a_teacher(
+        self, hf_dir: Path, reference: Any, tmp_path: Path, params: SamplingParams
+    ) -> None:
+        """Log-probs are the mixture's under any padding; a greedy answer is the student's.
+
+        The teacher has fewer ids than the student: the others come from the student alone.
+        """
+        teacher = tiny("qwen3", tied=False, seed=11, vocab_size=VOCAB - 5)
+        teacher.save_pretrained(tmp_path)
+        engine = embedded(hf_dir)
+        engine.update_weights(weights_of(reference), 0)
+        mixed = dataclasses.replace(params, teacher_mix=0.3)
+        with pytest.raises(UserError, match="without a teacher"):
+            engine.generate(requests(), mixed)
+        alone = engine.generate(requests(), params)
+        engine.mix_in(tmp_path, weights_of(teacher))
+        assert engine.generate(requests(), params) == alone
+        assert engine.generate(requests(), mixed.greedy()) == engine.generate(
+            requests(), params.greedy()
+        )
+        told = dataclasses.replace(truth.prompt([1, 2]), teacher_prompt_ids=(3, 1, 2))
+        with pytest.raises(UserError, match="prompt of its own"):
+            engine.generate([Request(told, 0)], mixed)
+        samples = engine.generate(many(200), mixed)
+        assert samples[:4] != alone
+        shares = []
+        for sample in samples:
+            start = len(sample.prompt.token_ids)
+            ids = torch.tensor([[*sample.prompt.token_ids, *sample.response_ids]])
+            p = reference(ids).logits[0, start - 1 : -1]
+            q = teacher(ids.clamp_max(VOCAB - 6)).logits[0, start - 1 : -1]
+            q = torch.nn.functional.pad(q, (0, 5), value=-torch.inf)
+            laws = [torch.stack([truth.law(row, params) for row in x]).exp() for x in (p, q)]
+            law_at = (0.7 * laws[0] + 0.3 * laws[1]).gather(1, ids[0, start:, None])[:, 0]
+            torch.testing.assert_close(
+                law_at.log(), torch.tensor(sample.log_probs), rtol=1e-4, atol=1e-4
+            )
+            shares += (0.3 * laws[1].gather(1, ids[0, start:, None])[:, 0] / law_at).tolist()
+        # The mean of the teacher's posterior share of what was drawn is its share of the mixture.
+        assert abs(sum(shares) / len(shares) - 0.3) < 0.05
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 7, VOCAB, 5000])

@@ -55,6 +55,7 @@ def test_a_failure_raises_its_alarm_and_no_other_once(name):
         # As decided as its teacher, and right.
         {"entropy": (0.6, 0.01), "teacher_entropy": (0.01, 0.01)},
         {"entropy": (0.6, 0.01), "reward": (0.2, 1.0), "groups/mixed": (0.5, 0.0)},
+        {"entropy": (2.7, 0.01), "nll": (1.2, 0.01)},  # supervised
         # It follows a teacher that is less decided.
         {"entropy": (0.3, 0.8), "teacher_entropy": (0.9, 0.8)},
         {"response_length": (20, 60), "reward": (0.5, 0.7)},

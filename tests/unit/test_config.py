@@ -13,7 +13,7 @@ from megaopd import config as config_io
 from megaopd.errors import UserError
 from megaopd.inputs import check_run_dir
 from megaopd.recipes import recipe
-from megaopd.schema import Config, load_config
+from megaopd.schema import Config, load_config, make_config, sampling_values
 from megaopd.trainer.config import RoutedTeacherConfig
 
 GOOD = ["student.path=s", "teacher.path=t", "data.source=task:addition3"]
@@ -45,6 +45,7 @@ def test_the_resolved_config_round_trips(tmp_path):
         ("optim.warmup_steps=1000", "warm-up that ends within the run"),
         ("parallel.sequence=true", "parallel.tensor=2"),
         ("rollout.top_p=0", "(0, 1]"),
+        ("rollout.teacher_mix=0.6", "in [0, 0.5]"),
         ("objective.loss=sft", "remove teacher.path"),
         ("teacher.path=", "set teacher.path"),
         ("teacher.kind=ema", "remove teacher.path"),
@@ -104,6 +105,39 @@ def test_the_fewest_ranks_of_a_layout(layout, ranks):
     assert config.ranks == ranks and config.ranks - config.teacher_parallel.ranks == (
         config.student_ranks
     )
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (["rollout.engine=sglang"], "a server has one model"),
+        (["rollout.temperature=0"], "and sampling"),
+        (["teacher.offload=true"], "set teacher.offload=false"),
+        (["teacher.placement=regrouped"], "set teacher.placement=same"),
+        (["teacher.path=", "teacher.kind=ema"], "no teacher.path"),
+        (["data.teacher_sees=answer"], "data.teacher_sees"),
+        (
+            ["objective.preset=posterior_fkl", "rollout.samples_per_prompt=8"],
+            "set objective.rl=ppo",
+        ),
+        (["objective.second_loss=k2", "objective.second_from=10"], "set objective.tis=token"),
+        (["objective.loss=k2", "objective.tis=reject"], "set objective.tis=token"),
+        (["teacher.path=", "objective.loss=sft"], "objective.loss = sft"),
+        (["objective.loss=k2"], "set objective.tis=token"),
+        (["objective.preset=minillm"], "set objective.tis=token"),
+    ],
+)
+def test_samples_that_a_teacher_has_a_part_in(values, said):
+    with pytest.raises(UserError, match=said):
+        load_config(None, [*GOOD, "rollout.teacher_mix=0.2", *values])
+
+
+def test_a_mixture_with_the_teacher_is_no_mismatch():
+    fits = ["rollout.teacher_mix=0.2", "objective.preset=minillm", "objective.tis=token"]
+    assert not load_config(None, [*GOOD, *fits]).rollout.whole_law
+    assert load_config(None, GOOD).rollout.whole_law
+    only_sampling = make_config(sampling_values({"rollout": {"teacher_mix": 0.2}}), GOOD[::2])
+    assert only_sampling.rollout.teacher_mix == 0
 
 
 @pytest.mark.parametrize(
