@@ -75,9 +75,9 @@ BRIEFLY = {
 }
 ALONE = _loss(loss="jsd")
 GROUPS: dict[str, Any] = {
-    "rollout": {"prompts_per_step": 16, "samples_per_prompt": 8},
+    "rollout": {"prompts_per_step": 48, "samples_per_prompt": 8},
     "trainer": {"micro_batch_size": 128},
-    "optim": {"lr": 2e-3},
+    "optim": {"lr": 1e-3},
 }
 REWEIGHED = {"objective": {"preset": "opsd_grpo", "stats_k": 2}, **GROUPS}
 PLAIN_GRPO = {"objective": {"preset": "grpo"}, "teacher": {"path": ""}, **GROUPS}

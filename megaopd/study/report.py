@@ -44,7 +44,7 @@ def write(root: Path, seeds: Sequence[int], *, seconds: float | None = None) -> 
         "",
         "Two-digit addition, a student of 25,312 parameters that knows a third of it, a teacher of "
         "99,776, 120 steps of 96 samples; the centre is reverse KL on the student's top 2 of 18 "
-        "tokens with the gradient stopped; with GRPO, 16 prompts of 8 samples. Question 7 starts "
+        "tokens with the gradient stopped; with GRPO, 48 prompts of 8 samples. Question 7 starts "
         "from students that have learnt to read help. Figures are means over seeds, +- half of the "
         "95% t-interval of the mean. The rules of the verdicts stand in "
         "megaopd/study/many_faces.py and were written before the runs. One family of tasks, small "
