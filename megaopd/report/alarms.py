@@ -8,7 +8,7 @@ provoked and against healthy runs.
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, variance
 from typing import Any
@@ -148,12 +148,14 @@ class Alarm:
     """A rule, what its firing is the sign of, and what to do about it.
 
     at_once: it compares with nothing that came before.
+    general: many causes end in it, so that others say more of the cause.
     """
 
     rule: Rule
     means: str
     fix: str
     at_once: bool = False
+    general: bool = False
 
 
 ALARMS: dict[str, Alarm] = {
@@ -204,6 +206,7 @@ ALARMS: dict[str, Alarm] = {
         "the optimisation runs away from what it should approach: steps that are too large, or a "
         "gradient that is not this divergence's",
         "a smaller optim.lr, a full or `tail` support",
+        general=True,
     ),
     "reward": Alarm(
         _reward,
@@ -212,6 +215,7 @@ ALARMS: dict[str, Alarm] = {
         "alone, steps that are too large",
         "another teacher, objective.sft_coef with [mix], rewards beside the teacher (objective.rl) "
         "or a smaller optim.lr; as privileged information a rule that holds for all prompts",
+        general=True,
     ),
     "groups": Alarm(
         _no_signal,
@@ -244,21 +248,21 @@ class Watch:
         if len(self._first) < FIRST:
             self._first.append(values)
         ready = self._steps >= FIRST + LAST  # before, the two windows overlap
-        wanted = {n for n, a in ALARMS.items() if (ready or a.at_once) and n not in self.raised}
+        wanted = [n for n, a in ALARMS.items() if (ready or a.at_once) and n not in self.raised]
         said = judged(self._first, self._last, wanted)
         self.raised |= said.keys()
         return said
 
 
 def judged(
-    first: Sequence[Metrics], last: Sequence[Metrics], wanted: Collection[str] = ()
+    first: Sequence[Metrics], last: Sequence[Metrics], wanted: Iterable[str] = tuple(ALARMS)
 ) -> dict[str, str]:
-    """The alarms (of `wanted`; default: all) that the last steps raise against the first ones."""
+    """The alarms (of `wanted`, in that order) that the last steps raise against the first ones."""
     start, now = means(first), means(last)
     finite = {name: value for name, value in now.items() if math.isfinite(value)}
     careful = {n: _towards(start.get(n, v), v, _error(first, last, n)) for n, v in finite.items()}
     found = {}
-    for name in wanted or ALARMS:
+    for name in wanted:
         rule = ALARMS[name].rule
         if rule is _not_finite:
             found[name] = rule(start, now)

@@ -40,22 +40,26 @@ def symptoms(rows: Sequence[Mapping[str, Any]]) -> list[Symptom]:
 
 
 def diagnosis(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Sentences: each symptom with what became of it until the end, or what went well."""
-    if len(rows) < FIRST + LAST:
-        return [f"{len(rows)} steps are too few for a diagnosis: it takes {FIRST + LAST}."]
+    """Sentences: each symptom with what became of it until the end, or what went well.
+
+    Alarms that many causes end in come after those that name one; else the first one first.
+    """
     plain = [numbers(row) for row in rows]
     first, last = means(plain[:FIRST]), means(plain[-LAST:])
     at_end = judged(plain[:FIRST], plain[-LAST:])
-    told = _told(first, last)
-    found = symptoms(rows)
-    if not found:
-        return [f"No alarm. {told}" if told else "No alarm."]
     lines = []
-    for one in found:
+    for one in sorted(symptoms(rows), key=lambda one: ALARMS[one.name].general):
         text = at_end.get(one.name) or f"{one.says} (at step {one.step}; no longer at the end)"
         text += _while(one.name, first, last)
-        lines.append(f"{text}: {one.means}. Try {one.fix}. (first seen at step {one.step})")
-    return [line[0].upper() + line[1:] for line in lines] + ([told] if told else [])
+        text += f": {one.means}. Try {one.fix}. (first seen at step {one.step})"
+        lines.append(text[0].upper() + text[1:])
+    if len(rows) < FIRST + LAST:
+        what = "other alarms" if lines else "a diagnosis"
+        return [*lines, f"{len(rows)} steps are too few for {what}: it takes {FIRST + LAST}."]
+    told = _told(first, last)
+    if not lines:
+        return [f"No alarm. {told}" if told else "No alarm."]
+    return [*lines, told] if told else lines
 
 
 def _while(name: str, first: Metrics, last: Metrics) -> str:

@@ -75,6 +75,14 @@ def test_a_number_that_is_none_is_its_own_alarm_at_once():
         assert watch.see({"loss": float("nan"), "mass_student": float("nan")}) == {}
 
 
+def test_each_alarm_is_raised_once_also_when_all_that_come_at_once_have_been():
+    """Then nothing is looked for before step 13; it used to be everything, over and over."""
+    bad = {"loss": float("nan"), "rollout_k3": 1.0, "rollout_ess": 0.1}
+    lines = [{"step": i + 1, "reward": 0.6 if i < 3 else 0.0, **bad} for i in range(20)]
+    found = [(one.name, one.step) for one in symptoms(lines)]
+    assert found == [("ess", 1), ("rollout_k3", 1), ("not_finite", 1), ("reward", 13)]
+
+
 def test_what_a_small_batch_does_by_chance():
     """Rewards of 0.35 and 0.15 at random; then the same means without the noise."""
     rng = random.Random(3)
@@ -116,7 +124,40 @@ def test_the_report_says_it_in_words(tmp_path):
     assert "Diagnosis" in page and "the signature of a biased top-k gradient" in page
 
 
+def test_what_names_a_cause_is_told_before_what_follows_from_many():
+    """A biased top-k run loses reward long before the alarm that names its cause."""
+    lines = rows(60, mass_student=(0.98, 0.6), bucket_kl=(0.5, 2.0), reward=(0.6, 0.0))
+    late = [{**line, "groups/mixed": 0.5 if line["step"] < 50 else 0.0} for line in lines]
+    raised = [one.name for one in symptoms(late)]
+    assert raised == ["distance", "reward", "mass_student", "groups"]
+    *told, _ = diagnosis(late)
+    order = ("the student's mass", "% of the prompts", "the distance", "the reward")
+    assert all(part in line.lower() for part, line in zip(order, told, strict=True)), told
+    assert all(f"(first seen at step {one.step})" in "".join(told) for one in symptoms(late))
+    assert {name for name, one in ALARMS.items() if one.general} == {"distance", "reward"}
+
+
+def test_alarms_of_one_step_have_one_order():
+    """That of ALARMS, in every process: not that of a set of strings."""
+    early = {"reward": 0.6, "kl": 0.5, "repetition": 0.0, "entropy": 0.5}
+    late = {"reward": 0.0, "kl": 5.0, "repetition": 0.9, "entropy": 3.0}
+    found = symptoms([early if i < 3 else late for i in range(13)])
+    assert [one.name for one in found] == ["entropy_rise", "repetition", "distance", "reward"]
+
+
+def test_a_short_run_tells_what_it_raised_at_once():
+    lines = rows(5, loss=(1.0, 0.5), rollout_k3=(1e-4, 1e-4), reward=(0.9, 0.0))
+    assert diagnosis(lines) == ["5 steps are too few for a diagnosis: it takes 13."]
+    lines[4]["loss"] = float("nan")
+    lines[2]["rollout_k3"] = lines[3]["rollout_k3"] = 1.0
+    k3, loss, more = diagnosis(lines)
+    assert k3.startswith("K3 between") and "(first seen at step 3)" in k3
+    assert loss.startswith("Loss no longer finite: an overflow") and "seen at step 5)" in loss
+    assert more == "5 steps are too few for other alarms: it takes 13."
+
+
 def test_a_short_run_and_a_healthy_one():
+    assert "too few" in diagnosis([])[0]
     assert "too few" in diagnosis(rows(4, loss=(1.0, 0.5)))[0]
     (line,) = diagnosis(rows(kl=(0.5, 0.1), reward=(0.2, 0.8)))
     assert line.startswith("No alarm.") and "reward 0.21 -> 0.754" in line
