@@ -14,7 +14,14 @@ from megaopd.data.types import Prompt, Sample
 from megaopd.errors import UserError
 from megaopd.inputs import control_set
 from megaopd.parts import Parts
-from megaopd.report.statistics import Figure, by_prompt, figure, pass_at_k, repetition
+from megaopd.report.statistics import (
+    Figure,
+    by_prompt,
+    figure,
+    pass_at_k,
+    repetition,
+    reward_columns,
+)
 from megaopd.schema import Config
 from megaopd.trainer.checkpoint import holds_teacher, load_teacher
 
@@ -40,39 +47,38 @@ def check(config: Config) -> None:
 def evaluate(parts: Parts) -> dict[str, Figure | float]:
     """Every figure by name; a collective.
 
-    Figures are means over prompts. Token means of the objective (`kl`, `entropy`, ...) are plain
-    numbers: they are means over all tokens of the sampled responses.
+    Figures are means over prompts. Token means (`kl`, `entropy`, ...: Parts.score_samples) are
+    plain numbers: they are means over all tokens of the sampled responses.
     """
     found: dict[str, Figure | float] = {}
     settings = parts.config.eval
     if parts.teacher is not None and parts.teacher.sharded_state():
         load_teacher(Path(parts.config.student.path), parts.teacher)
     parts.sync_weights(version=0)
-    found |= _accuracy("accuracy", parts.greedy_answers(parts.held_out, -1))
+    found |= _accuracy(parts.greedy_answers(parts.held_out, -1))
     control = control_set(parts.config, parts.tokenizer)
     if control:
-        found |= _accuracy("control_accuracy", parts.greedy_answers(control, -3))
+        found |= _accuracy(parts.greedy_answers(control, -3), "control_")
     if settings.samples:
         found |= _sampled(parts, parts.held_out)
     parts.sampler.take_turn()
     return found
 
 
-def _accuracy(name: str, samples: Sequence[Sample]) -> dict[str, Figure]:
-    rewards = [s.reward for s in samples if s.reward is not None]
-    return {name: figure(rewards)} if rewards else {}
+def _accuracy(samples: Sequence[Sample], prefix: str = "", n: int = 1) -> dict[str, Figure]:
+    """Of n samples a prompt; {} where nothing scores them."""
+    columns = reward_columns([s.reward for s in samples])
+    return {f"{prefix}{name}": figure(by_prompt(values, n)) for name, values in columns.items()}
 
 
 def _sampled(parts: Parts, prompts: list[Prompt]) -> dict[str, Any]:
     """Of eval.samples responses a prompt, by the student's law under [rollout]."""
     n, params = parts.config.eval.samples, parts.sampler.buffer.params.own()
     samples = parts.verify(parts.sampler.generate(prompts, -2, n, params))
-    found: dict[str, Any] = {}
-    rewards = [s.reward for s in samples if s.reward is not None]
-    if len(rewards) == len(samples):
-        found["sampled_accuracy"] = figure(by_prompt(rewards, n))
-        groups = (rewards[i : i + n] for i in range(0, len(rewards), n))
-        counts = [sum(reward >= SOLVED for reward in group) for group in groups]
+    found: dict[str, Any] = _accuracy(samples, "sampled_", n)
+    if found:
+        solved = [s.reward is not None and s.reward >= SOLVED for s in samples]
+        counts = [sum(solved[i : i + n]) for i in range(0, len(solved), n)]
         for k in parts.config.eval.pass_k:
             found[f"pass@{k}"] = figure([pass_at_k(n, c, k) for c in counts])
     ends = set(parts.eos_ids)
@@ -84,8 +90,8 @@ def _sampled(parts: Parts, prompts: list[Prompt]) -> dict[str, Any]:
     }
     found |= {name: figure(by_prompt(values, n)) for name, values in columns.items()}
     parts.sampler.take_turn()
-    scored = parts.score_samples(samples)
-    return found | scored | parts.pi_gap(samples, scored)
+    distances = parts.score_samples(samples)
+    return found | distances | parts.pi_gap(samples, distances)
 
 
 def write(found: dict[str, Figure | float], parts: Parts) -> None:

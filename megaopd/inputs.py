@@ -109,14 +109,18 @@ def reward_of(sample: Sample, tokenizer: Any, eos_ids: Sequence[int]) -> float |
     return score(sample.prompt, response_text(sample, tokenizer, eos_ids))
 
 
-def example(prompt: Prompt, tokenizer: Any) -> Sample:
-    """The data's own answer as a response (supervised fine-tuning)."""
-    if not prompt.answer:
+def example(prompt: Prompt, tokenizer: Any, data: DataConfig) -> Sample:
+    """The data's own response to a prompt (supervised fine-tuning): see data.example."""
+    worked = data.example == "solution"
+    text = prompt.meta.get(data.solution_key) if worked else prompt.answer
+    if not isinstance(text, str) or not text:
+        lacks = data.solution_key if worked else "answer"
         raise UserError(
-            f"prompt {prompt.id!r} has no answer",
-            expected="an answer for every prompt: objective.loss = sft trains on it",
+            f"prompt {prompt.id!r} has no {lacks!r}, and data.example = {data.example}",
+            expected="a text to train on for every prompt",
+            fix="set data.solution_key, or data.example=" + ("answer" if worked else "solution"),
         )
-    ids = tokenizer(prompt.answer, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)
     return Sample(prompt, tuple(ids), None, "stop", weight_version=0)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megaopd.data.responses import load_responses, pick
-from megaopd.data.types import Sample
+from megaopd.data.types import Prompt, Sample
 from megaopd.inputs import example
 from megaopd.schema import Config
 
@@ -23,7 +23,8 @@ class Mixture:
     """
 
     def __init__(self, config: Config, tokenizer: Any, vocab: int, *, training: bool) -> None:
-        self.mix, self.seed, self.tokenizer = config.mix, config.run.seed, tokenizer
+        self.mix, self.seed, self.data = config.mix, config.run.seed, config.data
+        self.tokenizer = tokenizer
         self.stored: list[Sample] = []
         if training and self.mix.source not in ("", "answers"):
             self.stored = load_responses(
@@ -40,6 +41,10 @@ class Mixture:
             return []
         return pick(self.stored, step, self.mix.per_step or count, self.seed)
 
+    def example(self, prompt: Prompt) -> Sample:
+        """The data's own response to it."""
+        return example(prompt, self.tokenizer, self.data)
+
     def __call__(self, samples: Sequence[Sample], step: int) -> list[Sample]:
         """The samples of step number `step`, the same on every rank."""
         found = list(samples)
@@ -48,7 +53,7 @@ class Mixture:
         if self.mix.source == "answers":
             prompts = list({s.prompt.id: s.prompt for s in samples}.values())
             chosen = prompts[: self.mix.per_step or len(prompts)]
-            return [*found, *(replace(example(p, self.tokenizer), kind="sft") for p in chosen)]
+            return [*found, *(replace(self.example(p), kind="sft") for p in chosen)]
         if self.mix.source:
             found += pick(self.stored, step, self.mix.per_step, self.seed)
         return found
@@ -59,6 +64,6 @@ class Mixture:
         ids = dict.fromkeys(s.prompt.id for s in samples)
         own = {i for i in ids if draw.random() < self.mix.student_share}
         return [
-            s if s.prompt.id in own else replace(example(s.prompt, self.tokenizer), index=s.index)
+            s if s.prompt.id in own else replace(self.example(s.prompt), index=s.index)
             for s in samples
         ]

@@ -19,7 +19,6 @@ from megaopd.data.skills import SkillBank
 from megaopd.data.types import Prompt, Sample
 from megaopd.inputs import (
     check_run_dir,
-    example,
     pad_id,
     response_text,
     reward_of,
@@ -30,6 +29,7 @@ from megaopd.parallel import Grid
 from megaopd.report.alarms import ALARMS, Watch
 from megaopd.report.metrics import MetricLogger, read_metrics
 from megaopd.report.samples import save_samples
+from megaopd.report.statistics import reward_columns
 from megaopd.rollout.episode import episode_metrics, sample_metrics
 from megaopd.sampler import Sampler
 from megaopd.schema import Config
@@ -49,7 +49,7 @@ from megaopd.trainer.teachers.routed import Router, routed_micro_batches
 
 MISMATCH = ("rollout_log_prob_diff", "rollout_k3", "rollout_ess")
 COLUMNS = ("reward", "grad_norm", "response_length", "tokens_per_s")
-# What of the objective's metrics an evaluation reports.
+# What of a pass's metrics an evaluation reports.
 EVALUATED = (
     "kl", "distill", "log_ratio", "bucket_kl", "mass_student", "entropy", "teacher_entropy",
     "rollout_k3",
@@ -185,7 +185,7 @@ class Parts:
         if stored:
             return stored
         prompts = self.prompts.next_batch(count)
-        return [example(prompt, self.tokenizer) for prompt in prompts]
+        return [self.mixture.example(prompt) for prompt in prompts]
 
     def micro_batches(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         trainer, scores = self.config.trainer, None
@@ -280,16 +280,16 @@ class Parts:
         return goal > 0 and any(reached)
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Greedy reward on the held-out prompts; the objective on sampled responses to them."""
+        """Greedy reward on the held-out prompts; `score_samples` of sampled responses to them."""
         self.sync_weights(version=step)
         greedy = self.greedy_answers(self.held_out, -1)
-        rewards = [s.reward for s in greedy if s.reward is not None]
-        result = {"accuracy": sum(rewards) / len(rewards)} if rewards else {}
+        columns = reward_columns([s.reward for s in greedy])
+        result = {name: fmean(values) for name, values in columns.items()}
         if self.teacher is not None or self.remote is not None:
             sampled = self.sampler.generate(self.held_out, -2, 1, self.sampler.buffer.params.own())
             self.sampler.take_turn()
-            scored = self.score_samples(sampled)
-            result |= scored | self.pi_gap(sampled, scored)
+            found = self.score_samples(sampled)
+            result |= found | self.pi_gap(sampled, found)
         self.sampler.take_turn()
         if self.is_main and self.training:
             save_samples(self.dir, greedy, self.text)
@@ -301,20 +301,29 @@ class Parts:
         return self.verify(self.sampler.generate(prompts, key, 1, law))
 
     def score_samples(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """What of the objective an evaluation reports, on these."""
-        scored = self.student.score(
-            self.micro_batches(self.skills.fill(samples)), self.teacher, reference=self.reference
-        )
-        return {name: scored[name] for name in EVALUATED if name in scored}
+        """How far student and teacher are apart, and what the objective says of it, on these.
 
-    def pi_gap(self, samples: Sequence[Sample], scored: dict[str, float]) -> dict[str, float]:
+        With a teacher beside the student `kl` is KL(student || teacher) whatever is trained; so are
+        entropies and log-ratios those of the two laws, at temperature 1. Where the objective is
+        another one, that takes a second pass, and the loss's own value is `distill`.
+        """
+        micro_batches = self.micro_batches(self.skills.fill(samples))
+        found = self.student.score(micro_batches, self.teacher, reference=self.reference)
+        if self.teacher is not None and not self.student.objective.is_reverse_kl:
+            if "kl" in found:  # another KL
+                found["distill"] = found.pop("kl")
+            plain = self.student.objective.reverse_kl
+            found |= self.student.score(micro_batches, self.teacher, objective=plain)
+        return {name: found[name] for name in EVALUATED if name in found}
+
+    def pi_gap(self, samples: Sequence[Sample], found: dict[str, float]) -> dict[str, float]:
         """Mean of log q(y | x, PI) - log q(y | x) over sampled tokens: what the teacher's knowledge
-        changes. {} where it sees no more than the student; scored: `score_samples` of them."""
-        if "log_ratio" not in scored or not any(s.privileged for s in samples):
+        changes. {} where it sees no more than the student; found: `score_samples` of them."""
+        if "log_ratio" not in found or not any(s.privileged for s in samples):
             return {}
         bare = [replace(s, prompt=replace(s.prompt, teacher_prompt_ids=None)) for s in samples]
         # Of log p - log q, where p is the same.
-        return {"pi_gap": self.score_samples(bare)["log_ratio"] - scored["log_ratio"]}
+        return {"pi_gap": self.score_samples(bare)["log_ratio"] - found["log_ratio"]}
 
     def checkpoint(self, step: int) -> None:
         """Save if this step is due; the last one always is."""

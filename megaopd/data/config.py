@@ -26,6 +26,9 @@ class DataConfig:
         "", "solution", "answer", "masked", "instruction", "system", "think", "skill"
     ] = ""
     solution_key: str = "solution"  # of a prompt's other keys: solution, masked and think read it
+    # What supervised fine-tuning and [mix] take as the data's response to a prompt: its answer, or
+    # the worked solution (solution_key) where the answer is only what a verifier compares with.
+    example: Literal["answer", "solution"] = "answer"
     # instruction, system: the text ({prompt} in an instruction: where the question stands in it).
     # solution, answer, masked, skill: where {prompt} and {pi} stand. think: the thoughts with {pi}.
     teacher_text: str = ""

@@ -243,3 +243,13 @@ class ObjectiveConfig:
             return "nll" if self.loss == "sft" else "reward"
         exact = self.loss in ("rkl", "fkl") and self.resolved_support == "full"
         return "kl" if exact and self.target == "teacher" else "distill"
+
+    @property
+    def is_reverse_kl(self) -> bool:
+        """Whether the raw token mean is KL(student || teacher), and nothing in place of it."""
+        return self.loss == "rkl" and self.value_name == "kl" and self.temperature == 1.0
+
+    @property
+    def reverse_kl(self) -> "ObjectiveConfig":
+        """What an evaluation measures of any objective: see `is_reverse_kl`."""
+        return ObjectiveConfig(loss="rkl", chunk_size=self.chunk_size)

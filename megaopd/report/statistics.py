@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import comb
-from statistics import fmean
+from math import comb, sqrt
+from statistics import NormalDist, fmean
 
 RESAMPLES = 2000
 
@@ -19,18 +19,46 @@ class Figure:
 
 
 def figure(values: Sequence[float], *, seed: int = 0) -> Figure:
-    """The mean of one value a prompt; its interval by the percentile bootstrap over prompts.
+    """The mean of one value a prompt, with its interval.
 
-    Prompts are what is drawn again, because the samples of one prompt are not independent.
+    Of values that are all 0 or 1 Wilson's; of others the percentile bootstrap over prompts, which
+    are what is drawn again, because the samples of one prompt are not independent.
     """
     import numpy as np
 
     assert values, "a figure of nothing"
+    if set(values) <= {0.0, 1.0}:
+        return Figure(fmean(values), *wilson(int(sum(values)), len(values)), len(values))
     array = np.asarray(values, dtype=np.float64)
     rng = np.random.default_rng(seed)
     means = [array[rng.integers(len(array), size=len(array))].mean() for _ in range(RESAMPLES)]
     low, high = np.quantile(means, (0.025, 0.975))
     return Figure(float(array.mean()), float(low), float(high), len(array))
+
+
+def wilson(solved: int, count: int) -> tuple[float, float]:
+    """The 95% score interval of a share, solved / count (Wilson 1927).
+
+    Where all or none are solved it still has a width; the bootstrap's has none.
+    """
+    z = NormalDist().inv_cdf(0.975)
+    share, shrink = solved / count, 1 + z * z / count
+    centre = (share + z * z / (2 * count)) / shrink
+    half = z * sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / shrink
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def reward_columns(rewards: Sequence[float | None]) -> dict[str, list[float]]:
+    """A value for each response: its reward (`accuracy`), and 1 where it has none (`unscored`).
+
+    An episode that failed has no reward and counts as 0: without it the others' mean would be too
+    high. `unscored` is there only where one is missing; {} of responses that nothing scores.
+    """
+    missing = [float(reward is None) for reward in rewards]
+    if all(missing):
+        return {}
+    found = {"accuracy": [reward or 0.0 for reward in rewards]}
+    return found | ({"unscored": missing} if any(missing) else {})
 
 
 def pass_at_k(samples: int, solved: int, k: int) -> float:

@@ -250,13 +250,15 @@ class Student:
         teacher: BaseTeacher | None = None,
         *,
         reference: BaseTeacher | None = None,
+        objective: ObjectiveConfig | None = None,
     ) -> dict[str, float]:
-        """The objective's metrics on these micro-batches: no gradient, no importance weights."""
+        """The metrics of an objective, by default the run's, on these micro-batches: no gradient,
+        no importance weights."""
         import torch
 
         with torch.no_grad():
             laws = [_law(model, micro_batches) for model in (teacher, reference)]
-            return self._pass(micro_batches, *laws, forward_only=True)
+            return self._pass(micro_batches, *laws, forward_only=True, objective=objective)
 
     def _pass(
         self,
@@ -266,13 +268,14 @@ class Student:
         *,
         forward_only: bool,
         only: str = "",
+        objective: ObjectiveConfig | None = None,
     ) -> dict[str, float]:
         return objective_pass(
             self.wrapped,
             self.output_weight,
             self.grid,
             micro_batches,
-            self.objective,
+            objective or self.objective,
             vocab=self.vocab,
             teacher=teacher,
             reference=reference,
