@@ -111,6 +111,17 @@ def _sights() -> Iterator["Case"]:
     )
 
 
+def _stabilised() -> Iterator["Case"]:
+    """The paper's two ways: fine-tuning on the teacher's responses before, and beside it."""
+    beside = {
+        "objective": {"sft_coef": 1.0},
+        "mix": {"source": "{teacher_responses}", "least_reward": 1.0, "per_step": 32},
+    }
+    for name, loss in (("", CENTRE), (", full", _loss(loss="rkl"))):
+        yield Case(f"cold start{name}", 5, merged(loss, {"student": {"path": "{cold_student}"}}))
+        yield Case(f"teacher's responses beside{name}", 5, merged(loss, beside))
+
+
 # The block of question 3: where the student comes from x the teacher x what the teacher sees.
 STUDENTS = {"raw": "{raw_student}", "SFT": "{student}"}
 TEACHERS = {
@@ -171,9 +182,33 @@ CASES: tuple[Case, ...] = (
     # 5: where the student comes from
     Case("raw student", 5, merged(CENTRE, {"student": {"path": "{raw_student}"}})),
     Case("raw student, full", 5, merged(_loss(loss="rkl"), {"student": {"path": "{raw_student}"}})),
+    *_stabilised(),
     *_block(BLOCK_LOSSES, 3),
     *_sights(),
 )
 GRID: tuple[Case, ...] = tuple(_block(GRID_LOSSES, 8))
 BY_NAME = {case.name: case for case in (*CASES, *GRID)}
 CENTRE_NAME = "sg, k=2"
+
+# Question 2: the first two tokens do not decide whether a response is right (tasks/coached.py).
+PREFIXES = (0, 1, 2)
+WORKED: dict[str, Any] = {
+    "data": {"source": "task:worked_addition2"},
+    "rollout": {"max_new_tokens": 6},
+}
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What is found of a seed in another way than by a run of its own."""
+
+    question: int
+    stages: tuple[str, ...] = ()
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+EXTRAS: dict[str, Extra] = {
+    "prefixes": Extra(2, ("worked_responses", "worked_teacher"), {"lengths": list(PREFIXES)}),
+    "system": Extra(9),
+    "noise": Extra(6, ("student_responses", "student", "teacher")),
+}

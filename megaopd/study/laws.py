@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from megaopd.data.tasks import get_task
 from megaopd.data.tasks.base import Split
 from megaopd.data.tasks.keyed import TOLD
@@ -53,9 +55,10 @@ def _exported(path: Path) -> Path:
     from megaopd.parallel import ParallelConfig, make_grid
 
     folder = path / "as_hf"
-    if not (folder / "config.json").is_file():
-        grid = make_grid(ParallelConfig(), seed=1)
-        megatron_to_hf(ModelConfig(path=str(path)), folder, grid)
+    with FileLock(path / "as_hf.lock"):  # of the study's workers, one writes it
+        if not (folder / "config.json").is_file():
+            grid = make_grid(ParallelConfig(), seed=1)
+            megatron_to_hf(ModelConfig(path=str(path)), folder, grid)
     return folder
 
 

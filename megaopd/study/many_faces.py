@@ -131,6 +131,11 @@ FINDINGS: tuple[Finding, ...] = (
         lambda f: f["same-size RL teacher"]["accuracy"] > f[CENTRE_NAME]["accuracy"],
     ),
     Finding(
+        "So it does with the full divergence",
+        (block_name("SFT", "RL", "nothing", "full"), "full"),
+        lambda f: f[block_name("SFT", "RL", "nothing", "full")]["accuracy"] > f["full"]["accuracy"],
+    ),
+    Finding(
         "Showing the answer to the teacher hurts (larger teacher, which has learnt to read it)",
         tuple(block_name("SFT", "larger", sight, "sg") for sight in ("answer", "nothing")),
         lambda f: _less(f, block_name("SFT", "larger", "answer", "sg"), "nothing"),
@@ -141,7 +146,7 @@ FINDINGS: tuple[Finding, ...] = (
         lambda f: _less(f, block_name("SFT", "larger", "solution", "sg"), "nothing"),
     ),
     Finding(
-        "A stabilised student ends above a raw one, mean over the block of 18",
+        "A student that knows more to begin with ends above a raw one, mean over the block of 18",
         tuple(
             block_name(s, t, sight, loss)
             for s in STUDENTS
@@ -203,10 +208,29 @@ FINDINGS: tuple[Finding, ...] = (
         ("to_geometric", "to_arithmetic"),
     ),
     Finding(
-        "A student that supervised fine-tuning stabilised ends above a raw one",
+        "More supervised fine-tuning before makes distillation gain more (it ends higher, and "
+        "began higher)",
         (CENTRE_NAME, "raw student"),
-        lambda f: f[CENTRE_NAME]["accuracy"] > f["raw student"]["accuracy"],
+        lambda f: _gain(f[CENTRE_NAME]) > _gain(f["raw student"]),
         ("before", "accuracy"),
+    ),
+    *(
+        Finding(
+            f"{way} the student: it ends above the same distillation without ({what})",
+            (f"{case}{suffix}", without),
+            lambda f, with_it=f"{case}{suffix}", without=without: (
+                f[with_it]["accuracy"] > f[without]["accuracy"]
+            ),
+            ("before", "accuracy"),
+        )
+        for way, case in (
+            ("A cold start on the teacher's responses stabilises", "cold start"),
+            ("The teacher's responses in every step stabilise", "teacher's responses beside"),
+        )
+        for suffix, without, what in (
+            ("", CENTRE_NAME, "top 2, stopped gradient"),
+            (", full", "full", "full divergence"),
+        )
     ),
     Finding(
         "The full divergence ends above the sampled-token policy gradient",
@@ -262,8 +286,8 @@ FINDINGS: tuple[Finding, ...] = (
 )
 
 PREFIX_FINDING = (
-    "The teacher's accuracy falls as it continues longer prefixes of the student "
-    "(shortest against longest, every seed)"
+    "The teacher's accuracy falls as it continues longer prefixes of the student, which do not "
+    "decide the answer (shortest against longest, every seed)"
 )
 
 
@@ -295,9 +319,9 @@ def system_verdict(by_seed: Mapping[int, Mapping[str, Any]]) -> str:
     return _verdict([s["after"]["kl"] <= 0.5 * s["before"]["kl"] for s in by_seed.values()])
 
 
-def prefix_verdict(by_seed: Mapping[int, Sequence[float]]) -> str:
-    """Question 2: by_seed holds accuracies from no prefix to the longest."""
-    return _verdict([values[-1] < values[0] for values in by_seed.values()])
+def prefix_verdict(by_seed: Mapping[int, Mapping[str, Sequence[float]]]) -> str:
+    """Question 2: by_seed holds study/prefixes.py continuations."""
+    return _verdict([found["all"][-1] < found["all"][0] for found in by_seed.values()])
 
 
 def _verdict(found: Sequence[bool]) -> str:

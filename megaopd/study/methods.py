@@ -2,6 +2,7 @@
 
 import copy
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,12 @@ def figures(summary: Mapping[str, Any], when: str) -> dict[str, float]:
 
 def as_toml(name: str, variant: Variant, overrides: Sequence[str] = ()) -> str:
     """A method's values as the TOML of a run; {NAME} stands for what a stage makes."""
-    values = apply_overrides(method(name).values(variant), overrides)
+    one = method(name)
+    values = apply_overrides(one.values(variant), overrides)
     check(values)
-    return tomli_w.dumps(values)
+    about = [text for text in (one.about, one.note) if text]
+    lines = [line for text in about for line in textwrap.wrap(text, 96)]
+    return "".join(f"# {line}\n" for line in lines) + tomli_w.dumps(values)
 
 
 def check(values: Mapping[str, Any]) -> Config:

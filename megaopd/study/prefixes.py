@@ -13,29 +13,46 @@ from megaopd.inputs import reward_of
 from megaopd.schema import make_config, sampling_values
 
 
-def continuations(values: dict[str, Any], responses: Path, lengths: Sequence[int]) -> list[float]:
+def continuations(
+    values: dict[str, Any], responses: Path, lengths: Sequence[int]
+) -> dict[str, list[float]]:
     """Accuracy of a model's greedy continuations of the first n tokens of stored responses.
 
     Only responses of the student's that are longer than every length, so that all lengths are of
-    the same prompts. The whole response, prefix included, is verified.
+    the same prompts. The whole response, prefix included, is verified: the prefixes have to be a
+    part of it that is not looked at, or the student's errors are counted and not the teacher's.
 
     Args:
         values: of a run whose student.path is the teacher.
+
+    Returns:
+        By length: of "all", of those where the student's first token is the "right" one, and
+        where it is "wrong"; and the share of these, "wrong_share", once.
     """
     config = make_config(sampling_values(values))
     records = [r for r in read_records(responses) if len(r["response_ids"]) > max(lengths)]
     with build_parts(config, training=False) as parts:
         parts.sync_weights(version=0)
         law = parts.sampler.buffer.params.greedy()
-        found = []
+        found: list[list[float]] = []
         for key, length in enumerate(lengths):
             prompts = [_begun(record, length, i) for i, record in enumerate(records)]
             made = parts.sampler.generate(prompts, -20 - key, 1, law)
             whole = [_whole(sample, length) for sample in made]
             rewards = [reward_of(s, parts.tokenizer, parts.eos_ids) or 0.0 for s in whole]
-            found.append(fmean(rewards))
+            found.append(rewards)
+        first = [parts.tokenizer.encode(r["answer"], add_special_tokens=False)[0] for r in records]
         parts.sampler.take_turn()
-    return found
+    right = [r["response_ids"][0] == one for r, one in zip(records, first, strict=True)]
+    groups = {"all": [True] * len(right), "right": right, "wrong": [not one for one in right]}
+    return {
+        **{name: [_mean(rewards, which) for rewards in found] for name, which in groups.items()},
+        "wrong_share": [1 - fmean(right)],
+    }
+
+
+def _mean(values: Sequence[float], which: Sequence[bool]) -> float:
+    return fmean(v for v, chosen in zip(values, which, strict=True) if chosen)
 
 
 def _begun(record: dict[str, Any], length: int, number: int) -> Prompt:

@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from megaopd.study import cases, many_faces
-from megaopd.study.stages import slug
+from megaopd.study.jobs import all_stored
 from megaopd.study.system_prompt import SYSTEM
 
 QUESTIONS = {
@@ -21,6 +21,11 @@ QUESTIONS = {
     7: "The student as it began is its teacher: what it sees, alone and as a reweighting of GRPO",
     8: "The full grid",
     9: "A real model learns a system prompt",
+}
+PLOTS = {
+    "mass.png": "mass on the support over the steps",
+    "efficiency.png": "reward of the samples of sampled-token estimators and the full divergence",
+    "accuracy.png": "accuracy of every case, by seed",
 }
 # Student's t at 0.975 for 1, 2, ... degrees of freedom.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -37,7 +42,7 @@ def write(root: Path, seeds: Sequence[int], *, seconds: float | None = None) -> 
     seconds: what the runs took; None where not all of them are of this call: it is not told then.
     """
     table = load(root)
-    prefixes, noise, system = (_extras(root, name) for name in ("prefixes", "noise", "system"))
+    prefixes, noise, system = (all_stored(root, name) for name in ("prefixes", "noise", "system"))
     lines = ["# The Many Faces of On-Policy Distillation, at laptop scale", ""]
     lines += [
         "    megaopd study many_faces --seeds " + " ".join(map(str, seeds)),
@@ -69,9 +74,10 @@ def write(root: Path, seeds: Sequence[int], *, seconds: float | None = None) -> 
         lines.append("")
         lines += below
     lines += _system_table(system)
-    lines += ["![mass on the support over the steps](mass.png)", ""]
-    lines += ["![accuracy of every case, by seed](accuracy.png)", ""]
+    for name, what in PLOTS.items():
+        lines += [f"![{what}]({name})", ""]
     _plot_mass(root)
+    _plot_efficiency(root)
     _plot_accuracy(root, table)
     (root / "study.json").write_text(
         json.dumps(
@@ -94,9 +100,7 @@ def _findings(table: Any, prefixes: Any, noise: Any, system: Any) -> list[str]:
     ]
     for finding in many_faces.FINDINGS:
         lines.append(f"| {finding.says} | {finding.verdict(table)} | {finding.evidence(table)} |")
-    means = [fmean(column) for column in zip(*prefixes.values(), strict=True)]
-    evidence = ", ".join(f"{n} tokens: {m:.3f}" for n, m in enumerate(means)) or "no run"
-    verdict = many_faces.prefix_verdict(prefixes)
+    verdict, evidence = many_faces.prefix_verdict(prefixes), _prefix_evidence(prefixes)
     lines.append(f"| {many_faces.PREFIX_FINDING} | {verdict} | {evidence} |")
     verdict, evidence = many_faces.noise_verdict(noise), _noise_evidence(noise)
     lines.append(f"| {many_faces.NOISE_FINDING} | {verdict} | {evidence} |")
@@ -110,17 +114,25 @@ def _write_html(root: Path, text: str) -> None:
     from markdown_it import MarkdownIt
 
     body = MarkdownIt("commonmark").enable("table").render(text)
-    for name in ("mass.png", "accuracy.png"):
+    for name in PLOTS:
         data = base64.b64encode((root / name).read_bytes()).decode()
         body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{data}"')
     head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>megaopd study</title>'
     (root / "study.html").write_text(f"{head}<style>{STYLE}</style><body>{body}</body></html>\n")
 
 
-def _extras(root: Path, name: str) -> dict[int, Any]:
-    """What a part other than cases found, by seed."""
-    paths = sorted((root / "figures").glob(f"{name}-*.json"))
-    return {int(path.stem.split("-")[1]): json.loads(path.read_text()) for path in paths}
+def _prefix_evidence(prefixes: Mapping[int, Any]) -> str:
+    if not prefixes:
+        return "no run"
+    parts = []
+    for group in ("all", "right", "wrong"):
+        columns = zip(*(found[group] for found in prefixes.values()), strict=True)
+        name = group if group == "all" else f"the student's first token {group}"
+        means = ", ".join(f"{fmean(column):.3f}" for column in columns)
+        parts.append(f"{name}: {means}")
+    lengths = ", ".join(map(str, cases.PREFIXES))
+    share = fmean(found["wrong_share"][0] for found in prefixes.values())
+    return f"{lengths} tokens, {'; '.join(parts)} ({share:.0%} of the responses)"
 
 
 def _noise_evidence(noise: Mapping[int, Any]) -> str:
@@ -175,15 +187,9 @@ def _system_table(system: Mapping[int, Any]) -> list[str]:
 
 
 def load(root: Path) -> dict[str, dict[int, dict[str, float]]]:
-    """Figures by case and seed, of what has been run."""
-    table: dict[str, dict[int, dict[str, float]]] = {}
-    for path in sorted((root / "figures").glob("*.json")):
-        extras = ("prefixes-", "noise-", "system-")
-        if path.name.endswith(".curve.json") or path.name.startswith(extras):
-            continue
-        record = json.loads(path.read_text())
-        table.setdefault(record.pop("case"), {})[record.pop("seed")] = record
-    return table
+    """Figures by case and seed, of what has been run as the cases are now."""
+    table = {name: all_stored(root, name) for name in cases.BY_NAME}
+    return {name: by_seed for name, by_seed in table.items() if by_seed}
 
 
 def _cell(values: list[float]) -> str:
@@ -219,10 +225,10 @@ def _plot_mass(root: Path) -> None:
     for axis, k in zip(axes[0], cases.KS, strict=True):
         labelled = set[str]()
         for color, variant in enumerate(cases.TRUNCATED):
-            stem = slug(f"{variant}, k={k}")
-            for path in sorted((root / "figures").glob(f"{stem}-*.curve.json"))[:3]:
-                mass = json.loads(path.read_text())["mass_student"]
+            curves = all_stored(root, f"{variant}, k={k}", "curve")
+            for seed in list(curves)[:3]:
                 label = None if variant in labelled else variant
+                mass = curves[seed]["mass_student"]
                 axis.plot(mass, color=f"C{color}", alpha=0.7, label=label)
                 labelled.add(variant)
         axis.set_title(f"k = {k}", fontsize=9)
@@ -232,6 +238,24 @@ def _plot_mass(root: Path) -> None:
         axes[0][-1].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(root / "mass.png", dpi=120)
+
+
+def _plot_efficiency(root: Path) -> None:
+    """Rewards of the samples that are trained on, mean over seeds and ten steps, by samples."""
+    figure, axes = _axes(1, 7, 3.2)
+    for name in ("full", *(n for n, case in cases.BY_NAME.items() if case.question == 6)):
+        curves = [c["reward"] for c in all_stored(root, name, "curve").values()]
+        if curves and None not in curves[0]:
+            means = [fmean(column) for column in zip(*curves, strict=True)]
+            smooth = [fmean(means[max(0, i - 9) : i + 1]) for i in range(len(means))]
+            axes[0][0].plot([96 * (i + 1) for i in range(len(smooth))], smooth, label=name)
+    axes[0][0].set_xlabel("samples")
+    axes[0][0].set_ylabel("reward of the samples")
+    if axes[0][0].lines:
+        axes[0][0].legend(fontsize=7)
+    axes[0][0].grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(root / "efficiency.png", dpi=120)
 
 
 def _plot_accuracy(root: Path, table: dict[str, dict[int, dict[str, float]]]) -> None:

@@ -2,13 +2,12 @@
 
 import json
 import multiprocessing
-import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +17,13 @@ from megaopd.recipes import merged, places, shared
 from megaopd.report.metrics import read_metrics
 from megaopd.report.progress import progress
 from megaopd.study import report
-from megaopd.study.cases import BY_NAME, KEYS, Case
+from megaopd.study.cases import BY_NAME, EXTRAS, KEYS, PREFIXES, WORKED, Case
+from megaopd.study.jobs import Job, all_stored
 from megaopd.study.stages import Stages, slug
 
-PREFIXES = (0, 1, 2)  # tokens of the student's
 GRID_QUESTION, REAL = 8, 9  # asked for by --full-grid and --real-model
 # Of a case on one core with its evaluation, and of question 9: for the estimate only.
 SECONDS, SECONDS_OF_REAL = 16.0, 900.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """A case, one of EXTRAS, or the stages of a seed. real_model: of question 9."""
-
-    root: Path
-    seed: int
-    name: str = ""
-    stages: tuple[str, ...] = ()
-    real_model: Path | None = None
-
-    def place(self) -> Stages:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        return Stages(self.root / f"seed_{self.seed}", self.seed, say=lambda text: None)
-
-    def figures(self) -> Path:
-        return self.root / "figures" / f"{slug(self.name)}-{self.seed}.json"
 
 
 def command(
@@ -69,12 +50,10 @@ def command(
     print(f"{len(seeds)} seeds, {len(jobs)} runs to do: about {minutes:.0f} min")
     begun, new = time.monotonic(), not (root / "figures").exists()
     shared_stages = [Job(root, seed, stages=stages_of(jobs, seed)) for seed in seeds]
-    # Fresh interpreters, each of which imports once. First what cases share, so that no two make
-    # the same stage.
+    # Fresh interpreters, each of which imports once.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        failed = _all(pool, _make_stages, shared_stages, "stages, by seed")
-        failed += _all(pool, _run_job, jobs, "cases")
+        failed = _all(pool, shared_stages, jobs)
     seconds = time.monotonic() - begun
     path = report.write(root, seeds, seconds=seconds if new and not failed else None)
     print(f"{seconds:.0f} s; wrote {path}")
@@ -102,19 +81,20 @@ def _questions(only: Sequence[int], full_grid: bool, real_model: Path | None) ->
 
 def _check_model(root: Path, real_model: Path | None) -> None:
     """Figures of one real model are not those of another."""
-    for path in (root / "figures").glob("system-*.json"):
-        held = json.loads(path.read_text())["model"]
-        if real_model is not None and held != real_model.name:
+    for seed, found in all_stored(root, "system").items():
+        if real_model is not None and found["model"] != real_model.name:
+            path = Job(root, seed, "system").path
             raise UserError(
-                f"--real-model {real_model}, and {path} is of {held}", fix="take another --dir"
+                f"--real-model {real_model}, and {path} is of {found['model']}",
+                fix="take another --dir",
             )
 
 
 def missing(root: Path, seed: int, questions: Sequence[int]) -> list[str]:
-    """Cases and extras that have no figures yet."""
+    """Cases and extras that have no figures yet, or old ones."""
     names = [name for name, case in BY_NAME.items() if case.question in questions]
-    names += [name for name, (question, _, _) in EXTRAS.items() if question in questions]
-    return [name for name in names if not Job(root, seed, name).figures().is_file()]
+    names += [name for name, extra in EXTRAS.items() if extra.question in questions]
+    return [name for name in names if Job(root, seed, name).stored() is None]
 
 
 def stages_of(jobs: Sequence[Job], seed: int) -> tuple[str, ...]:
@@ -125,24 +105,34 @@ def stages_of(jobs: Sequence[Job], seed: int) -> tuple[str, ...]:
             if job.name in BY_NAME:
                 found |= set(places(merged(shared("tiny"), BY_NAME[job.name].values)))
             else:
-                found |= set(EXTRAS[job.name][1])
+                found |= set(EXTRAS[job.name].stages)
     return tuple(sorted(found))
 
 
-def _all(pool: ProcessPoolExecutor, work: Any, jobs: Sequence[Any], what: str) -> list[str]:
-    """Run the jobs, with a bar; what failed."""
-    failed = []
-    with progress(what, len(jobs), enabled=len(jobs) > 0) as advance:
-        for done in as_completed([pool.submit(work, job) for job in jobs]):
-            failed += done.result()
-            advance(1)
+def _all(pool: ProcessPoolExecutor, stages: Sequence[Job], jobs: Sequence[Job]) -> list[str]:
+    """The stages of each seed, and behind them its jobs; what failed.
+
+    What cases share comes first, so that no two make the same stage.
+    """
+    behind = {
+        pool.submit(_make_stages, one): [job for job in jobs if job.seed == one.seed]
+        for one in stages
+    }
+    failed: list[str] = []
+    with progress("stages and cases", len(stages) + len(jobs), enabled=len(jobs) > 0) as advance:
+        while behind:
+            done, _ = wait(behind, return_when=FIRST_COMPLETED)
+            for one in done:
+                failed += one.result()
+                behind |= {pool.submit(_run_job, job): [] for job in behind.pop(one)}
+                advance(1)
     return failed
 
 
 @contextmanager
 def _output_in(job: Job) -> Iterator[None]:
     """What a worker prints goes to a file: the console has the bar."""
-    path = (job.root / "logs" / job.figures().name).with_suffix(".log")
+    path = (job.root / "logs" / job.path.name).with_suffix(".log")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file, redirect_stdout(file), redirect_stderr(file):
         yield
@@ -162,12 +152,11 @@ def _make_stages(job: Job) -> list[str]:
 
 def _run_job(job: Job) -> list[str]:
     """One case, or one of EXTRAS, in this process; what failed."""
-    stages, out = job.place(), job.figures()
-    out.parent.mkdir(parents=True, exist_ok=True)
+    stages = job.place()
     try:
         with _output_in(job):
             if job.name in EXTRAS:
-                out.write_text(json.dumps(EXTRAS[job.name][2](stages, job)))
+                job.store(MAKERS[job.name](stages, job))
             else:
                 _run_case(stages, job, BY_NAME[job.name])
     except Exception as error:  # one case's fault is a line of the report
@@ -196,10 +185,8 @@ def _run_case(stages: Stages, job: Job, case: Case) -> None:
             found |= {f"{key}_first": lines[0][name], key: lines[-1][name]}
     if values["student"]["path"] == "{keyed_student}":
         found |= _means(stages, run_dir)
-    out = job.figures()
-    out.write_text(json.dumps({"case": case.name, "seed": job.seed, **found}))
     curve = {k: [line.get(k) for line in lines] for k in ("mass_student", "entropy", "reward")}
-    out.with_suffix(".curve.json").write_text(json.dumps(curve))
+    job.store(found, curve=curve)
 
 
 def _exact(stages: Stages, values: dict[str, Any], run_dir: Path) -> dict[str, float]:
@@ -213,6 +200,7 @@ def _exact(stages: Stages, values: dict[str, Any], run_dir: Path) -> dict[str, f
         return {}
     last = max((run_dir / "checkpoints").glob("step_????????"))
     judged = {**values, "objective": {"loss": "rkl"}}
+    judged.pop("mix", None)  # only samples are scored
     judged = merged(
         judged, {"student": {"path": str(last)}, "run": {"dir": str(run_dir / "exact")}}
     )
@@ -244,10 +232,10 @@ def _prefixes(stages: Stages, job: Job) -> Any:
     """Question 2: the teacher's accuracy behind the student's first tokens."""
     from megaopd.study.prefixes import continuations
 
-    responses = Path(stages.make("student_responses"))
-    values = merged(shared("tiny"), {"student": {"path": stages.make("teacher")}})
+    responses = Path(stages.make("worked_responses"))
+    values = merged(shared("tiny"), {"student": {"path": stages.make("worked_teacher")}})
     values.pop("teacher")
-    return continuations(values, responses, PREFIXES)
+    return continuations(merged(values, WORKED), responses, PREFIXES)
 
 
 def _system_prompt(stages: Stages, job: Job) -> Any:
@@ -258,9 +246,9 @@ def _system_prompt(stages: Stages, job: Job) -> Any:
     return {"model": job.real_model.name, **internalise(stages, job.real_model)}
 
 
-# Name -> the question, the stages that it needs, and what makes its figures.
-EXTRAS: dict[str, tuple[int, tuple[str, ...], Callable[[Stages, Job], Any]]] = {
-    "prefixes": (2, ("student_responses", "teacher"), _prefixes),
-    "system": (REAL, (), _system_prompt),
-    "noise": (6, ("student_responses", "student", "teacher"), _noise),
+# What makes the figures of each of EXTRAS.
+MAKERS: dict[str, Callable[[Stages, Job], Any]] = {
+    "prefixes": _prefixes,
+    "system": _system_prompt,
+    "noise": _noise,
 }

@@ -11,7 +11,8 @@ from megaopd.errors import UserError
 from megaopd.quickstart import make_checkpoint
 from megaopd.recipes import filled, merged, places, shared, stage_values
 from megaopd.schema import make_config
-from megaopd.study import cases, many_faces, report, runner, system_prompt
+from megaopd.study import cases, jobs, many_faces, report, runner, system_prompt
+from megaopd.study.jobs import Job, all_stored
 from megaopd.study.laws import ESTIMATORS, Laws, estimator_noise, mean_laws
 
 SHARED = shared("tiny")
@@ -63,15 +64,39 @@ def test_what_is_missing_and_what_it_starts_from(tmp_path):
     names = [case.name for case in cases.CASES if case.question == 4]
     assert runner.missing(tmp_path, 0, [4]) == names
     assert runner.missing(tmp_path, 0, [6])[-1] == "noise"
-    done = runner.Job(tmp_path, 0, names[0]).figures()
-    done.parent.mkdir()
-    done.write_text("{}")
+    Job(tmp_path, 0, names[0]).store({"accuracy": 0.5}, curve={})
     assert runner.missing(tmp_path, 0, [4]) == names[1:]
+    assert runner.missing(tmp_path, 1, [4]) == names
     chosen = ((0, "shared rule"), (1, "full"), (0, "noise"))
-    jobs = [runner.Job(tmp_path, seed, name) for seed, name in chosen]
+    jobs = [Job(tmp_path, seed, name) for seed, name in chosen]
     wanted = ("keyed_student", "student", "student_responses", "teacher")
     assert runner.stages_of(jobs, 0) == wanted
     assert runner.stages_of(jobs, 1) == ("student", "teacher")
+
+
+def test_figures_of_other_settings_are_old(tmp_path, monkeypatch):
+    """Of the case itself, or of a stage that it starts from, at any distance."""
+    names = [case.name for case in cases.CASES if case.question == 2]
+    for name in names:
+        Job(tmp_path, 0, name).store({"accuracy": 0.5})
+    Job(tmp_path, 0, "noise").store({})
+    assert all_stored(tmp_path, names[0]) == {0: {"accuracy": 0.5}}
+    assert runner.missing(tmp_path, 0, [2]) == ["prefixes"]
+
+    def changed(name):
+        values = stage_values(name)
+        return values if name != "grpo_teacher" else merged(values, {"optim": {"lr": 0.5}})
+
+    monkeypatch.setattr(jobs, "stage_values", changed)
+    of_rl = [name for name in names if "RL" in name]
+    assert len(of_rl) == 2 and runner.missing(tmp_path, 0, [2]) == [*of_rl, "prefixes"]
+    assert all_stored(tmp_path, of_rl[0]) == {} and "noise" not in runner.missing(tmp_path, 0, [6])
+    monkeypatch.setattr(
+        jobs,
+        "stage_values",
+        lambda name: {**stage_values(name), **({"n": 1} if name == "student_init" else {})},
+    )
+    assert "noise" in runner.missing(tmp_path, 0, [6])
 
 
 def test_the_grid_and_the_real_model_are_asked_for(tmp_path):
@@ -147,32 +172,30 @@ def test_noise_and_bias_of_the_estimators(models):
 
 
 def test_the_report_of_what_is_there(tmp_path):
-    figures = tmp_path / "figures"
-    figures.mkdir()
     for seed, accuracy in enumerate((0.5, 0.6, 0.7)):
-        for name, mass in (("unnorm, k=2", 0.4), ("sg, k=2", 0.95)):
-            record = {"case": name, "seed": seed, "before": 0.3, "accuracy": accuracy,
-                      "kl": 1 - mass, "entropy": 0.5, "mass_first": 0.9, "mass": mass}  # fmt: skip
-            path = runner.Job(tmp_path, seed, name).figures()
-            path.write_text(json.dumps(record))
+        for name, mass in (("unnorm, k=2", 0.4), ("sg, k=2", 0.95), ("full", 1.0)):
+            record = {"before": 0.3, "accuracy": accuracy, "kl": 1 - mass, "entropy": 0.5,
+                      "mass_first": 0.9, "mass": mass}  # fmt: skip
             curve = {"mass_student": [0.9, mass], "entropy": [1, 1], "reward": [0, 1]}
-            path.with_suffix(".curve.json").write_text(json.dumps(curve))
-        (figures / f"prefixes-{seed}.json").write_text("[0.9, 0.7, 0.5]")
+            Job(tmp_path, seed, name).store(record, curve=curve)
+        prefixes = {"all": [0.9, 0.7, 0.5], "right": [1, 1, 1], "wrong": [0.8, 0.4, 0.0]}
+        Job(tmp_path, seed, "prefixes").store({**prefixes, "wrong_share": [0.5]})
         noise = {name: {"noise": 2.0, "bias": 0.0} for name in ESTIMATORS}
         noise["vopd, top 5"]["noise"] = 1.0
-        (figures / f"noise-{seed}.json").write_text(json.dumps(noise))
+        Job(tmp_path, seed, "noise").store(noise)
         system = {"model": "small", "before": {"kl": 0.8}, "after": {"kl": 0.3}}
-        (figures / f"system-{seed}.json").write_text(json.dumps(system))
+        Job(tmp_path, seed, "system").store(system)
     text = report.write(tmp_path, [0, 1, 2]).read_text()
     assert "| sg, k=2 | 0.600 +- 0.248 | 0.300 +- 0.248 | 0.050 +- 0.000 |" in text
     assert (
         "(it falls by more than 0.15, and below that of the stopped gradient) | reproduced" in text
     )
-    assert "0 tokens: 0.900, 1 tokens: 0.700, 2 tokens: 0.500" in text
+    assert "0, 1, 2 tokens, all: 0.900, 0.700, 0.500; the student's first token right" in text
+    assert "first token wrong: 0.800, 0.400, 0.000 (50% of the responses)" in text
     assert "| vopd, top 5 | 1.000 +- 0.000 |" in text and "| reproduced | noise pg: 2.00" in text
     assert "| reproduced | KL 0.800 -> 0.300 |" in text and "| 2 | after | 0.300 |" in text
     assert "small. The student is asked" in text
     with pytest.raises(UserError, match="is of small"):
         runner._check_model(tmp_path, tmp_path / "other")
     page = (tmp_path / "study.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "<table>" in page
+    assert page.count("data:image/png;base64,") == 3 and "<table>" in page
