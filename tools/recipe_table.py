@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 DOCS = ROOT / "docs"
-SETTINGS = ("objective", "mix", "reference", "teacher", "data", "rollout", "student")
+SETTINGS = ("objective", "mix", "reference", "teacher", "data", "rollout", "student", "lora")
 
 from megaopd.recipes import Method, method, methods  # noqa: E402
 
@@ -37,37 +37,48 @@ def main() -> int:
     if options.pages:
         write_pages()
         return 0
-    names = list(dict.fromkeys(_with_baselines(options.only or methods())))
-    records = [_run(name, options.work, seed) for seed in options.seeds for name in names]
+    wanted = list(dict.fromkeys(_with_baselines(options.only or methods())))
+    records = [
+        _run(name, options.work, seed, start) for seed in options.seeds for name, start in wanted
+    ]
     _write(options, records)
     failed = [r for r in records if "error" in r]
     return 1 if failed else 0
 
 
-def _with_baselines(names: list[str]) -> list[str]:
-    """Each after what it is compared with."""
-    found: list[str] = []
+def _with_baselines(names: list[str]) -> list[tuple[str, str]]:
+    """Each after what it is compared with; and the student it starts from, if not its recipe's."""
+    found: list[tuple[str, str]] = []
     for name in names:
-        base = method(name).baseline
-        found += [*(_with_baselines([base]) if base != "student" else []), name]
+        one = method(name)
+        if one.baseline != "student":
+            found += _with_baselines([one.baseline])
+            found.append((one.baseline, one.baseline_student))
+        found.append((name, ""))
     return found
 
 
-def _run(name: str, work: Path, seed: int) -> dict[str, Any]:
+def _run(name: str, work: Path, seed: int, start: str) -> dict[str, Any]:
     from megaopd.study.methods import run_tiny
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", OMP_NUM_THREADS="1")
     try:
-        return run_tiny(name, work, seed)
+        found = run_tiny(name, work, seed, [f"student.path={start}"] if start else [])
     except Exception as error:  # one method's fault is a row of the table
         traceback.print_exc()
-        return {"method": name, "seed": seed, "error": f"{type(error).__name__}: {error}"}
+        found = {"method": name, "seed": seed, "error": f"{type(error).__name__}: {error}"}
+    return {**found, "start": start}
 
 
 def judged(one: Method, records: list[dict[str, Any]]) -> dict[str, Any]:
     """A method's mean and its difference from the baseline, seed by seed."""
-    mine = {r["seed"]: r for r in records if r["method"] == one.name and "error" not in r}
-    base = {r["seed"]: r for r in records if r["method"] == one.baseline and "error" not in r}
+    whole = [r for r in records if "error" not in r]
+
+    def by_seed(name: str, start: str) -> dict[int, dict[str, Any]]:
+        chosen = (r for r in whole if r["method"] == name and r.get("start", "") == start)
+        return {r["seed"]: r for r in chosen}
+
+    mine, base = by_seed(one.name, ""), by_seed(one.baseline, one.baseline_student)
     pairs = []
     for seed, record in mine.items():
         if one.baseline == "student":
@@ -80,6 +91,12 @@ def judged(one: Method, records: list[dict[str, Any]]) -> dict[str, Any]:
         "differences": pairs,
         "as_named": bool(pairs) and all(sign * d > 0 for d in pairs) if sign else None,
     }
+
+
+def _baseline(one: Method) -> str:
+    """What a method is compared with, in words."""
+    start = one.baseline_student.strip("{}")
+    return one.baseline + (f" from `{start}`" if start else "")
 
 
 def _write(options: Any, records: list[dict[str, Any]]) -> None:
@@ -116,9 +133,9 @@ def _write(options: Any, records: list[dict[str, Any]]) -> None:
         verdict = {True: "yes", False: "**no**", None: "-"}[found["as_named"]]
         against += [name] if found["as_named"] is False else []
         lines.append(
-            f"| [{name}](methods/{name}.md) | {one.metric} | {found['after']:.3f} | {one.baseline} "
-            f"| {statistics.mean(d):+.3f} [{min(d):+.3f}, {max(d):+.3f}] | {one.direction} "
-            f"| {verdict} |"
+            f"| [{name}](methods/{name}.md) | {one.metric} | {found['after']:.3f} "
+            f"| {_baseline(one)} | {statistics.mean(d):+.3f} [{min(d):+.3f}, {max(d):+.3f}] "
+            f"| {one.direction} | {verdict} |"
         )
     lines += ["", f"Not as named: {', '.join(against) or 'none'}.", ""]
     options.out.with_suffix(".md").write_text("\n".join(lines))
@@ -151,7 +168,9 @@ def page(one: Method, records: list[dict[str, Any]], table: str, since: str) -> 
     """What, when, costs, settings, source, and what was measured (in the table of that name)."""
     source = f"arXiv {one.paper}" if one.paper[:4].isdigit() else one.paper
     lines = [f"# {one.name}", "", f"{one.about[0].upper()}{one.about[1:]}. Source: {source}.", ""]
-    lines += [f"- When: {one.when}.", f"- Costs: {one.cost}.", ""]
+    lines += [f"- When: {one.when}.", f"- Costs: {one.cost}."]
+    lines += [f"- Note: {one.note}."] if one.note else []
+    lines += [""]
     lines += [f"    megaopd recipe {one.name}                            # on a laptop"]
     lines += [f"    megaopd recipe {one.name} --variant full --show      # TOML for H100s", ""]
     lines += ["Its own settings (what each does: [configuration.md](../configuration.md)):", ""]
@@ -163,7 +182,7 @@ def page(one: Method, records: list[dict[str, Any]], table: str, since: str) -> 
             for key, value in values.items():
                 lines.append(f"    {section}.{key} = {json.dumps(value)}    # {variant}")
     goes = {"up": "expected up", "down": "expected down", "none": "no direction claimed"}
-    lines += ["", f"Judged by {one.metric} against {one.baseline}, {goes[one.direction]}."]
+    lines += ["", f"Judged by {one.metric} against {_baseline(one)}, {goes[one.direction]}."]
     found = judged(one, records)
     if found["differences"]:
         d = found["differences"]

@@ -35,9 +35,11 @@ class About:
     paper: str = ""
     when: str = ""
     cost: str = ""
+    note: str = ""  # what has to be made first, or is left out of the paper's
     metric: str = "accuracy"  # of an evaluation, named before it is run
     direction: Literal["up", "down", "none"] = "none"  # where the metric is expected to go
     baseline: str = "student"  # another method, or "student": the model before
+    baseline_student: str = ""  # what the baseline starts from; empty: what its own recipe says
 
 
 @dataclass(frozen=True, kw_only=True)

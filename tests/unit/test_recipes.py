@@ -9,6 +9,7 @@ from megaopd.errors import UserError
 from megaopd.recipes import FOLDER, filled, method, methods, places, recipe, stage_values
 from megaopd.schema import load_config, make_config, sampling_values
 from megaopd.study.methods import as_toml, check
+from tools.recipe_table import _with_baselines, judged
 
 DOCS = Path(__file__).parents[2] / "docs" / "methods"
 STAGES = sorted(path.stem for path in (FOLDER / "stages").glob("*.toml"))
@@ -34,6 +35,7 @@ def test_every_method_says_how_it_is_judged(name):
     one = method(name)
     assert one.metric and one.direction in ("up", "down", "none")
     assert one.baseline == "student" or one.baseline in methods()
+    assert set(places(one.baseline_student)) <= set(STAGES)
     for text in (one.about, one.paper, one.when, one.cost):
         assert text.strip()
 
@@ -108,3 +110,25 @@ def test_the_command_lists_and_shows(capsys, tmp_path):
     assert cli.main(["recipe", "grpo", "--show", "optim.lrr=0.5"]) == 2
     assert cli.main(["recipe", "grpo", "--variant", "full"]) == 2
     assert cli.main(["recipe"]) == 2
+
+
+def test_a_baseline_that_starts_where_the_method_does():
+    """opsd_grpo is compared with GRPO from the same student, not with GRPO's own table row."""
+    one = method("opsd_grpo")
+    pairs = _with_baselines(["opsd_grpo"])
+    assert pairs[-2:] == [("grpo", one.baseline_student), ("opsd_grpo", "")]
+    assert ("grpo", "") in pairs and one.baseline_student == one.values("tiny")["student"]["path"]
+
+    def run(name, accuracy, start=""):
+        figures = {"before": {"accuracy": 0.3}, "after": {"accuracy": accuracy}}
+        return {"method": name, "seed": 0, "start": start, **figures}
+
+    records = [run("grpo", 0.9), run("grpo", 0.5, one.baseline_student), run("opsd_grpo", 0.6)]
+    assert judged(one, records)["differences"] == pytest.approx([0.1])
+    assert judged(method("grpo"), records)["differences"] == pytest.approx([0.6])
+
+
+def test_what_has_to_be_made_first_stands_above_the_toml():
+    text = as_toml("rlvr_teacher", "full")
+    assert text.startswith("# on-policy distillation from a teacher")
+    assert "megaopd recipe grpo --variant full --show" in text.partition("[run]")[0]
