@@ -58,7 +58,7 @@ def as_toml(name: str, variant: Variant, overrides: Sequence[str] = ()) -> str:
     values = apply_overrides(one.values(variant), overrides)
     check(values)
     about = [text for text in (one.about, one.note) if text]
-    lines = [line for text in about for line in textwrap.wrap(text, 96)]
+    lines = [line for text in about for line in textwrap.wrap(text, 96, break_on_hyphens=False)]
     return "".join(f"# {line}\n" for line in lines) + tomli_w.dumps(values)
 
 
