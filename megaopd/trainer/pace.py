@@ -34,8 +34,8 @@ class Pace:
         self._watch.start()
 
     def slowest(self) -> dict[str, float]:
-        """time/slowest_rank, and time/slowest_ratio: its time over the median; a collective."""
+        """pace/slowest_rank, and pace/slowest_ratio: its time over the median; a collective."""
         times = gather_objects(self._watch.seconds())
         worst = max(range(len(times)), key=times.__getitem__)
         ratio = times[worst] / max(statistics.median(times), 1e-9)
-        return {"time/slowest_rank": worst, "time/slowest_ratio": ratio}
+        return {"pace/slowest_rank": worst, "pace/slowest_ratio": ratio}

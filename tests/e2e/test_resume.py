@@ -121,8 +121,8 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on(tmp_path):
     names = ("step", "loss", "grad_norm", "kl", "reward")
     assert columns(tmp_path / "hung", *names) == columns(tmp_path / "whole", *names)
     lines = read_metrics(tmp_path / "hung")
-    named = [line["step"] for line in lines if line.get("time/slowest_ratio", 0) >= 1]
-    assert named == [2, 4, 6] and all(line["time/slowest_rank"] in (0, 1) for line in lines[1::2])
+    named = [line["step"] for line in lines if line.get("pace/slowest_ratio", 0) >= 1]
+    assert named == [2, 4, 6] and all(line["pace/slowest_rank"] in (0, 1) for line in lines[1::2])
 
 
 def test_a_rank_that_is_killed_is_started_again(tmp_path):
