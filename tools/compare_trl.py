@@ -202,7 +202,7 @@ def _write(options: Any, results: dict[str, dict[int, Points]]) -> None:
         tokens = statistics.mean(p[-1]["tokens"] for p in seeds.values())
         seconds = statistics.mean(p[-1]["seconds"] for p in seeds.values())
         row = [f"{m:.3f}" for m in means]
-        row += [f"{tokens:,.0f}", f"{seconds:.0f}", f"{tokens / seconds:,.0f}"]
+        row += [f"{tokens:,.0f}", f"{seconds:.1f}", f"{tokens / seconds:,.0f}"]
         lines.append(f"| {name} | " + " | ".join(row) + " |")
     lines += ["", "Last accuracy by seed: " + "; ".join(
         f"{name} " + ", ".join(f"{p[-1]['accuracy']:.3f}" for p in seeds.values())

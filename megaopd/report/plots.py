@@ -49,6 +49,12 @@ GROUPS: tuple[PlotGroup, ...] = (
         "student mass means that the student flees to tokens that the loss does not see.",
     ),
     PlotGroup(
+        "Slowest rank",
+        r"^pace/",
+        "Which rank took longest for its forward and backward, and how many times the median. The "
+        "same one again and again, well above 1, is a slow GPU.",
+    ),
+    PlotGroup(
         "Overlap with the teacher",
         r"overlap|rank",
         "How far the two models prefer the same tokens, and where the sampled token stands in the "

@@ -124,6 +124,8 @@ def test_missing_parts_are_said(tmp_path):
         ("tokens_per_second", "Throughput"),
         ("time/rollout", "Where the time goes"),
         ("update_seconds", "Where the time goes"),
+        ("pace/slowest_rank", "Slowest rank"),
+        ("pace/slowest_ratio", "Slowest rank"),
         ("reward", "Accuracy and reward"),
         ("pass_rate", "Accuracy and reward"),
         ("bananas", "Other metrics"),
