@@ -52,6 +52,8 @@ class Method(About):
     def values(self, variant: Variant) -> dict[str, Any]:
         """A run's TOML values: the shared ones, the method's, and those of the variant."""
         below = shared(variant)
+        if variant == "full":  # methods that build on each other have folders of their own
+            below["run"]["dir"] = f"runs/{self.name}"
         own = {k: v for k, v in self.sections.items() if k not in ("recipe", "tiny", "full")}
         own = merged(own, self.sections.get(variant, {}))
         if own.get("teacher", {}).get("path") == "":  # no checkpoint, nor settings of one

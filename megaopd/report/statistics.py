@@ -51,8 +51,9 @@ def wilson(solved: int, count: int) -> tuple[float, float]:
 def reward_columns(rewards: Sequence[float | None]) -> dict[str, list[float]]:
     """A value for each response: its reward (`accuracy`), and 1 where it has none (`unscored`).
 
-    An episode that failed has no reward and counts as 0: without it the others' mean would be too
-    high. `unscored` is there only where one is missing; {} of responses that nothing scores.
+    Of responses that could be scored. An episode that failed has no reward and counts as 0: without
+    it the others' mean would be too high. `unscored` is there only where one is missing; {} of
+    responses without any reward.
     """
     missing = [float(reward is None) for reward in rewards]
     if all(missing):

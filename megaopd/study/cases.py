@@ -208,7 +208,9 @@ class Extra:
 
 
 EXTRAS: dict[str, Extra] = {
-    "prefixes": Extra(2, ("worked_responses", "worked_teacher"), {"lengths": list(PREFIXES)}),
+    "prefixes": Extra(
+        2, ("worked_responses", "worked_teacher"), {"lengths": list(PREFIXES), **WORKED}
+    ),
     "system": Extra(9),
     "noise": Extra(6, ("student_responses", "student", "teacher")),
 }

@@ -48,13 +48,14 @@ class Job:
         if not self.path.is_file():
             return None
         record = json.loads(self.path.read_text())
-        return record.get(what) if record.get("of") == settings(self.name) else None
+        current = isinstance(record, dict) and record.get("of") == settings(self.name)
+        return record.get(what) if current else None
 
 
 def all_stored(root: Path, name: str, what: str = "figures") -> dict[int, Any]:
     """Of a case or one of EXTRAS, by seed."""
-    paths = (root / "figures").glob(f"{slug(name)}-*.json")
-    seeds = sorted(int(path.stem.rpartition("-")[2]) for path in paths)
+    ends = (p.stem.rpartition("-")[2] for p in (root / "figures").glob(f"{slug(name)}-*.json"))
+    seeds = sorted(int(end) for end in ends if end.isdigit())
     found = {seed: Job(root, seed, name).stored(what) for seed in seeds}
     return {seed: one for seed, one in found.items() if one is not None}
 
@@ -64,7 +65,9 @@ def settings(name: str) -> str:
     if name in BY_NAME:
         return _digest(merged(shared("tiny"), BY_NAME[name].values))
     extra = EXTRAS[name]
-    return _digest({"stages": {one: f"{{{one}}}" for one in extra.stages}, **extra.values})
+    stages = {one: f"{{{one}}}" for one in extra.stages}
+    shared_values = shared("tiny") if stages else {}
+    return _digest({"stages": stages, "shared": shared_values, **extra.values})
 
 
 def _digest(values: Mapping[str, Any]) -> str:

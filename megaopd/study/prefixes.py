@@ -27,7 +27,8 @@ def continuations(
 
     Returns:
         By length: of "all", of those where the student's first token is the "right" one, and
-        where it is "wrong"; and the share of these, "wrong_share", once.
+        where it is "wrong" (a group without responses is left out); and the share of the latter,
+        "wrong_share", once.
     """
     config = make_config(sampling_values(values))
     records = [r for r in read_records(responses) if len(r["response_ids"]) > max(lengths)]
@@ -46,7 +47,11 @@ def continuations(
     right = [r["response_ids"][0] == one for r, one in zip(records, first, strict=True)]
     groups = {"all": [True] * len(right), "right": right, "wrong": [not one for one in right]}
     return {
-        **{name: [_mean(rewards, which) for rewards in found] for name, which in groups.items()},
+        **{
+            name: [_mean(rewards, which) for rewards in found]
+            for name, which in groups.items()
+            if any(which)
+        },
         "wrong_share": [1 - fmean(right)],
     }
 

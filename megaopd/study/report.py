@@ -126,7 +126,7 @@ def _prefix_evidence(prefixes: Mapping[int, Any]) -> str:
         return "no run"
     parts = []
     for group in ("all", "right", "wrong"):
-        columns = zip(*(found[group] for found in prefixes.values()), strict=True)
+        columns = zip(*(f[group] for f in prefixes.values() if group in f), strict=True)
         name = group if group == "all" else f"the student's first token {group}"
         means = ", ".join(f"{fmean(column):.3f}" for column in columns)
         parts.append(f"{name}: {means}")
@@ -245,8 +245,9 @@ def _plot_efficiency(root: Path) -> None:
     figure, axes = _axes(1, 7, 3.2)
     for name in ("full", *(n for n, case in cases.BY_NAME.items() if case.question == 6)):
         curves = [c["reward"] for c in all_stored(root, name, "curve").values()]
-        if curves and None not in curves[0]:
-            means = [fmean(column) for column in zip(*curves, strict=True)]
+        curves = [curve for curve in curves if None not in curve]
+        if curves:
+            means = [fmean(column) for column in zip(*curves, strict=False)]
             smooth = [fmean(means[max(0, i - 9) : i + 1]) for i in range(len(means))]
             axes[0][0].plot([96 * (i + 1) for i in range(len(smooth))], smooth, label=name)
     axes[0][0].set_xlabel("samples")

@@ -1,5 +1,6 @@
 """Every recipe is a run that parses, says how it is judged, and has its page."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,10 @@ def test_what_has_to_be_made_first_stands_above_the_toml():
     text = as_toml("rlvr_teacher", "full")
     assert text.startswith("# on-policy distillation from a teacher")
     assert "megaopd recipe grpo --variant full --show" in text.partition("[run]")[0]
+    assert 'dir = "runs/rlvr_teacher"' in text, "the first run's folder is not the second's"
+
+
+@pytest.mark.parametrize("name", methods())
+def test_commands_of_notes_are_commands(name):
+    for words in re.findall(r"`megaopd ([^`>]*)", method(name).note):
+        cli._parser().parse_args(words.split())

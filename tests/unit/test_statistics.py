@@ -95,7 +95,7 @@ class Student:
         return {asked.value_name: 1.0 + asked.is_reverse_kl, "loss": 0.0}
 
 
-def rig(objective=None, rewards=(), teacher=None, **settings):
+def rig(objective=None, rewards=(), teacher=None, answer="5", **settings):
     """What `evaluate` needs of Parts, where the sampled responses have these rewards, in order."""
     config, left = EvalConfig(**settings), list(rewards)
 
@@ -108,7 +108,7 @@ def rig(objective=None, rewards=(), teacher=None, **settings):
         config=SimpleNamespace(eval=config),
         tokenizer=None,
         eos_ids=(0,),
-        held_out=[Prompt(f"p{i}", (1,), "", None, "") for i in range(count)],
+        held_out=[Prompt(f"p{i}", (1,), "", answer, "addition1") for i in range(count)],
         student=Student(objective or ObjectiveConfig()),
         teacher=teacher,
         remote=None,
@@ -139,10 +139,20 @@ def test_an_evaluation_counts_what_has_no_reward():
     assert Parts.evaluate(rig(rewards=greedy, samples=0), 0) == {"accuracy": 0.5, "unscored": 0.5}
 
 
-def test_an_evaluation_of_what_cannot_be_scored_has_no_accuracy():
-    found = evaluation.evaluate(rig(rewards=[None] * 4))
+@pytest.mark.parametrize("answer", ["5", None])
+def test_an_evaluation_of_what_has_no_rewards_has_no_accuracy(answer):
+    found = evaluation.evaluate(rig(rewards=[None] * 4, answer=answer))
     assert found.keys() == {"response_length", "truncated", "repetition", "kl"}
-    assert Parts.evaluate(rig(rewards=[None], samples=0), 0) == {}
+    assert Parts.evaluate(rig(rewards=[None], samples=0, answer=answer), 0) == {}
+
+
+def test_prompts_that_cannot_be_scored_are_no_wrong_answers():
+    parts = rig(rewards=[1.0, None, 1.0, 0.0, None, None], samples=2, pass_k=(2,))
+    parts.held_out[1] = Prompt("open", (1,), "", None, "")
+    found = evaluation.evaluate(parts)
+    assert found["accuracy"].value == 1.0 and found["accuracy"].prompts == 1
+    assert found["sampled_accuracy"].value == 0.5 and found["pass@2"].value == 1.0
+    assert not [name for name in found if "unscored" in name]
 
 
 OTHERS = [

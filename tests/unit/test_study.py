@@ -74,6 +74,16 @@ def test_what_is_missing_and_what_it_starts_from(tmp_path):
     assert runner.stages_of(jobs, 1) == ("student", "teacher")
 
 
+def test_figures_of_another_version_are_old(tmp_path):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "full-0.curve.json").write_text("{}")
+    (tmp_path / "figures" / "prefixes-0.json").write_text("[0.9, 0.5]")
+    (tmp_path / "figures" / "full-0.json").write_text('{"case": "full", "seed": 0}')
+    for name in ("full", "prefixes"):
+        assert all_stored(tmp_path, name) == {} and Job(tmp_path, 0, name).stored() is None
+    assert report.load(tmp_path) == {}
+
+
 def test_figures_of_other_settings_are_old(tmp_path, monkeypatch):
     """Of the case itself, or of a stage that it starts from, at any distance."""
     names = [case.name for case in cases.CASES if case.question == 2]
@@ -179,6 +189,8 @@ def test_the_report_of_what_is_there(tmp_path):
             curve = {"mass_student": [0.9, mass], "entropy": [1, 1], "reward": [0, 1]}
             Job(tmp_path, seed, name).store(record, curve=curve)
         prefixes = {"all": [0.9, 0.7, 0.5], "right": [1, 1, 1], "wrong": [0.8, 0.4, 0.0]}
+        if seed == 2:
+            del prefixes["right"]  # no response of it
         Job(tmp_path, seed, "prefixes").store({**prefixes, "wrong_share": [0.5]})
         noise = {name: {"noise": 2.0, "bias": 0.0} for name in ESTIMATORS}
         noise["vopd, top 5"]["noise"] = 1.0

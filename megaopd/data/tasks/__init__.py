@@ -63,6 +63,12 @@ def get_task(name: str) -> Task:
     return TASKS[family](rest)
 
 
+def can_score(prompt: Prompt) -> bool:
+    """Whether a response to it has a reward, unless something goes wrong."""
+    plain = prompt.answer is not None and bool(prompt.task)
+    return plain or environment_task(prompt.task) is not None
+
+
 def score(prompt: Prompt, response: str) -> float | None:
     """Reward in [0, 1] of a response to a prompt; None where the prompt cannot be scored."""
     if prompt.answer is None or not prompt.task:
