@@ -10,10 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megaopd.data.tasks import can_score
 from megaopd.data.types import Prompt, Sample
 from megaopd.errors import UserError
-from megaopd.inputs import control_set
+from megaopd.inputs import control_set, scorable_rewards
 from megaopd.parts import Parts
 from megaopd.report.statistics import (
     Figure,
@@ -68,7 +67,7 @@ def evaluate(parts: Parts) -> dict[str, Figure | float]:
 
 def _accuracy(samples: Sequence[Sample], prefix: str = "", n: int = 1) -> dict[str, Figure]:
     """Of n samples a prompt, where one can be scored; {} where none can."""
-    columns = reward_columns([s.reward for s in samples if can_score(s.prompt)])
+    columns = reward_columns(scorable_rewards(samples))
     return {f"{prefix}{name}": figure(by_prompt(values, n)) for name, values in columns.items()}
 
 
@@ -78,8 +77,7 @@ def _sampled(parts: Parts, prompts: list[Prompt]) -> dict[str, Any]:
     samples = parts.verify(parts.sampler.generate(prompts, -2, n, params))
     found: dict[str, Any] = _accuracy(samples, "sampled_", n)
     if found:
-        rewards = [s.reward for s in samples if can_score(s.prompt)]
-        solved = [reward is not None and reward >= SOLVED for reward in rewards]
+        solved = [r is not None and r >= SOLVED for r in scorable_rewards(samples)]
         counts = [sum(solved[i : i + n]) for i in range(0, len(solved), n)]
         for k in parts.config.eval.pass_k:
             found[f"pass@{k}"] = figure([pass_at_k(n, c, k) for c in counts])

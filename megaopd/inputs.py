@@ -9,7 +9,7 @@ from typing import Any
 from megaopd import config as config_io
 from megaopd.data.config import DataConfig
 from megaopd.data.prompts import fixed_set
-from megaopd.data.tasks import score
+from megaopd.data.tasks import can_score, score
 from megaopd.data.tokenizer import check_same_tokenizer, load_tokenizer
 from megaopd.data.types import Prompt, Sample
 from megaopd.errors import UserError
@@ -107,6 +107,11 @@ def reward_of(sample: Sample, tokenizer: Any, eos_ids: Sequence[int]) -> float |
     if "turn_rewards" in sample.meta:
         return sample.reward
     return score(sample.prompt, response_text(sample, tokenizer, eos_ids))
+
+
+def scorable_rewards(samples: Sequence[Sample]) -> list[float | None]:
+    """Of the responses to prompts that can be scored; None where that went wrong."""
+    return [sample.reward for sample in samples if can_score(sample.prompt)]
 
 
 def example(prompt: Prompt, tokenizer: Any, data: DataConfig) -> Sample:

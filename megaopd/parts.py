@@ -16,13 +16,13 @@ from megaopd import config as config_io
 from megaopd import extend, faults, stop, watchdog
 from megaopd.data.prompts import PromptStream
 from megaopd.data.skills import SkillBank
-from megaopd.data.tasks import can_score
 from megaopd.data.types import Prompt, Sample
 from megaopd.inputs import (
     check_run_dir,
     pad_id,
     response_text,
     reward_of,
+    scorable_rewards,
 )
 from megaopd.mixing import Mixture
 from megaopd.objectives.weights import completed, weigh
@@ -284,7 +284,7 @@ class Parts:
         """Greedy reward on the held-out prompts; `score_samples` of sampled responses to them."""
         self.sync_weights(version=step)
         greedy = self.greedy_answers(self.held_out, -1)
-        columns = reward_columns([s.reward for s in greedy if can_score(s.prompt)])
+        columns = reward_columns(scorable_rewards(greedy))
         result = {name: fmean(values) for name, values in columns.items()}
         if self.teacher is not None or self.remote is not None:
             sampled = self.sampler.generate(self.held_out, -2, 1, self.sampler.buffer.params.own())

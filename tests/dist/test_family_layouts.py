@@ -10,6 +10,8 @@ from tests.often import often
 STEPS = 3
 FAMILIES = ["gemma2", "gemma3", "mistral, window", "deepseek_v3", "qwen3_moe"]
 EXPERTS = "qwen3_moe"
+# Adam makes rounding grow: 1.2e-5 after three steps on one machine, 2.6e-7 at the first step.
+LATER_NORMS = {("deepseek_v3", LAYOUTS["packed-cp2-pp2"]): 2e-5}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def check(ranks, paths, single, name, layout):
         f"{name} {layout}: loss {loss:.1e}, gradient norm {norm:.1e}, at the first step {first:.1e}"
     )
     assert first <= 2e-6 and loss <= 2e-6 and size <= 1e-5, (first, loss, size)
-    assert norm <= 3e-5, norm  # Adam makes rounding grow: 1.2e-5 after three steps has been seen
+    assert norm <= LATER_NORMS.get((name, layout), 1e-5), norm
 
 
 @pytest.mark.parametrize(
